@@ -1,0 +1,243 @@
+"""What a run is: one frozen, typed tree.  No torch in here: a wrong config is refused before anything heavy loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the config: frozen, and unknown keys are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The model that is trained."""
+
+    path: Path = Field(description="Hugging Face folder: config.json, tokenizer, *.safetensors.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Dtype of weights and activations; bf16 keeps fp32 main weights and gradients."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Activation recompute: nothing, core attention only, or whole layers."
+    )
+    layers: Literal["auto", "local", "transformer_engine"] = Field(
+        "auto", description="Layer implementation; auto takes Transformer Engine where it is installed."
+    )
+
+
+class ParallelConfig(Section):
+    """How the model is cut over ranks; data parallelism is what is left of the world size."""
+
+    tensor: Positive = Field(1, description="Tensor-parallel size.")
+    pipeline: Positive = Field(1, description="Pipeline-parallel size (stages).")
+    sequence: bool = Field(False, description="Sequence parallelism; needs tensor > 1.")
+
+
+class DataConfig(Section):
+    """Where prompts come from and how they become tokens."""
+
+    path: Path = Field(description="JSONL file with one problem a line.")
+    prompt_column: str = Field("question", description="Column that holds the question.")
+    answer_column: str = Field("answer", description="Column that holds the gold answer; may be absent from the data.")
+    format: Literal["chat", "raw"] = Field(
+        "chat", description="chat: the tokenizer's chat template; raw: the template's text as it is."
+    )
+    system_prompt: str = Field("", description="System message of the chat; empty for none.")
+    template: str = Field("{question}", description="Text of the user message; {question} is replaced.")
+    max_prompt_tokens: Positive = Field(512, description="Longest prompt in tokens.")
+    over_long: Literal["refuse", "drop", "truncate"] = Field(
+        "drop", description="What happens to longer prompts; truncate keeps the end."
+    )
+    shuffle: bool = Field(True, description="Shuffle each epoch with the run's seed.")
+
+
+class SamplingConfig(Section):
+    """The distribution that responses are drawn from."""
+
+    temperature: float = Field(1.0, gt=0.0, le=10.0, description="Sampling temperature; log-probs use it too.")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="Nucleus mass; 1 keeps the whole distribution.")
+    top_k: int = Field(-1, ge=-1, description="Keep the k most likely tokens; -1 keeps all.")
+    max_tokens: Positive = Field(64, description="Longest response in tokens.")
+
+
+class ProbeConfig(Section):
+    """The proof that rollout engines hold the trainer's weights."""
+
+    every: Positive = Field(10, description="Steps between probes; the first is before step 1.")
+    tolerance: float | None = Field(
+        None, gt=0.0, description="Largest allowed mean |log-prob difference| in nats; default 1e-3 (fp32), 0.1 (bf16)."
+    )
+
+
+class RolloutConfig(Section):
+    """Who samples responses, how many and how."""
+
+    engine: Literal["vllm", "transformers"] = Field("vllm", description="vLLM servers, or transformers in-process.")
+    prompts_per_step: Positive = Field(16, description="Prompts (groups) a training step.")
+    samples_per_prompt: int = Field(8, ge=2, description="Responses a prompt: the group size.")
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig, description="Sampling parameters.")
+    servers: Positive = Field(1, description="vLLM servers that the trainer starts on its own machine.")
+    tensor_parallel: Positive = Field(1, description="Tensor-parallel size of each started server.")
+    urls: tuple[str, ...] = Field((), description="URLs of running vLLM servers; given, none is started.")
+    api_key_env: str = Field(
+        "ROLLOUT_API_KEY", description="Environment variable that holds the key of the servers in urls."
+    )
+    weight_transfer: Literal["auto", "gloo", "nccl"] = Field(
+        "auto", description="Broadcast backend of weight sync; auto: nccl on CUDA, gloo on CPU."
+    )
+    devices: str = Field("", description="CUDA_VISIBLE_DEVICES of started servers, e.g. '6,7'; empty leaves it alone.")
+    memory_fraction: float = Field(0.85, gt=0.0, le=1.0, description="GPU memory fraction of a started server.")
+    kv_cache_gib: float = Field(1.0, gt=0.0, description="Key-value cache of a server on a CPU, in GiB.")
+    max_concurrent: Positive = Field(256, description="Requests in flight at one server.")
+    eager: bool = Field(True, description="Run servers without compilation; starts faster, samples slower.")
+    startup_timeout_s: Positive = Field(900, description="How long a server may take to become healthy.")
+    request_timeout_s: Positive = Field(1800, description="How long one generate call may take.")
+    sync_timeout_s: Positive = Field(600, description="How long one weight sync may take.")
+    max_restarts: int = Field(3, ge=0, description="Restarts of dead servers before the run stops.")
+    probe: ProbeConfig = Field(default_factory=ProbeConfig, description="Log-prob probe.")
+
+
+class SelfCertaintyConfig(Section):
+    """Reward: mean over response tokens of KL(uniform || policy), Intuitor (arXiv 2505.19590)."""
+
+    weight: float = Field(1.0, description="Weight of the normalised reward; 0 only reports it.")
+    annotator: Literal["online", "offline"] = Field(
+        "online", description="online: the current policy scores itself; offline: the initial policy, frozen, does."
+    )
+    std_floor: NonNegative | None = Field(
+        None, description="Overrides algorithm.advantage.std_floor for this source."
+    )
+
+
+class AccuracyConfig(Section):
+    """Reward: 1 where math-verify finds the final answer equal to the gold answer, else 0."""
+
+    weight: float = Field(0.0, description="Weight of the normalised reward; 0 only reports it.")
+    answer_pattern: str = Field(
+        "", description="Regular expression whose first group is the final answer (last match); empty: math-verify's own."
+    )
+    std_floor: NonNegative | None = Field(
+        None, description="Overrides algorithm.advantage.std_floor for this source."
+    )
+
+
+class RewardsConfig(Section):
+    """Reward sources; each is normalised inside its group, then they are added with their weights."""
+
+    self_certainty: SelfCertaintyConfig = Field(default_factory=SelfCertaintyConfig, description="Intuitor's reward.")
+    accuracy: AccuracyConfig = Field(default_factory=AccuracyConfig, description="GRPO's verifiable reward.")
+
+
+class AdvantageConfig(Section):
+    """Group normalisation: (reward - mean) / (max(std, std_floor) + epsilon), std with ddof 1."""
+
+    scale: Literal["std", "none"] = Field("std", description="Divide by the group's deviation, or only centre.")
+    std_floor: NonNegative = Field(0.0, description="Deviations under this count as this: keeps noise small.")
+    epsilon: float = Field(1e-4, gt=0.0, description="Added to the deviation.")
+
+
+class LossConfig(Section):
+    """Clipped policy-gradient loss and its terms."""
+
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = Field(
+        "token_mean",
+        description="Mean over all response tokens; over sequences of their token means; or Dr.GRPO's constant "
+        "(sum over tokens / (sequences x rollout.sampling.max_tokens)).",
+    )
+    clip_low: float = Field(0.2, gt=0.0, lt=1.0, description="Ratio is clipped at 1 - clip_low.")
+    clip_high: float = Field(0.2, gt=0.0, description="Ratio is clipped at 1 + clip_high.")
+    dual_clip: float | None = Field(None, gt=1.0, description="Bound on ratio x |advantage| for negative advantages.")
+    kl_coefficient: NonNegative = Field(0.005, description="Weight of the k3 KL to the reference; 0 keeps no reference.")
+    entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
+    importance_cap: float | None = Field(
+        2.0, gt=0.0, description="Truncation of exp(trainer - engine log-prob) weights; null leaves the mismatch alone."
+    )
+
+
+class AlgorithmConfig(Section):
+    """From rewards to the gradient."""
+
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig, description="Group normalisation.")
+    loss: LossConfig = Field(default_factory=LossConfig, description="Policy loss.")
+    mini_batches: Positive = Field(1, description="Optimizer steps that one pass over a batch is split into.")
+    epochs: Positive = Field(1, description="Passes over each batch.")
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-6, gt=0.0, description="Peak learning rate.")
+    min_lr: NonNegative = Field(0.0, description="Learning rate at the end of the schedule.")
+    schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Shape after warm-up.")
+    warmup_fraction: Fraction = Field(0.1, description="Share of the optimizer steps spent on linear warm-up.")
+    beta1: Fraction = Field(0.9, description="AdamW beta 1.")
+    beta2: Fraction = Field(0.999, description="AdamW beta 2.")
+    epsilon: float = Field(1e-8, gt=0.0, description="AdamW epsilon.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0.0, description="Gradient clipping bound.")
+    distributed: bool = Field(True, description="Shard optimizer states over data parallelism.")
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: Positive = Field(100, description="Training steps of the whole run.")
+    micro_batch_tokens: Positive = Field(16384, description="Tokens (prompt + response) a packed micro batch.")
+    logit_chunk_mib: Positive = Field(64, description="Budget for the logits alive at any time, in MiB.")
+    max_bad_steps: int = Field(3, ge=0, description="Optimizer steps with non-finite gradients before the run stops.")
+    collective_timeout_s: Positive = Field(3600, description="How long a rank waits for the others.")
+
+
+class EvaluationConfig(Section):
+    """Held-out prompts, answered greedily and sampled, through the rollout engines."""
+
+    path: Path | None = Field(None, description="JSONL of held-out problems; null switches evaluation off.")
+    every: Positive = Field(10, description="Steps between evaluations; also before step 1 and at the end.")
+    prompts: Positive = Field(128, description="Held-out problems that are asked (the first ones of the file).")
+    samples: Positive = Field(4, description="Sampled answers a problem.")
+    patterns: dict[str, str] = Field(
+        default_factory=dict, description="name: regular expression; the share of sampled answers that match is reported."
+    )
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every: Positive = Field(20, description="Steps between checkpoints; the last step always has one.")
+    keep: Positive = Field(2, description="Newest checkpoints kept.")
+    export: bool = Field(True, description="Write the trained policy to output_dir/hf at the end.")
+
+
+class LoggingConfig(Section):
+    """Where numbers and samples go, beside metrics.jsonl and samples.jsonl."""
+
+    tensorboard: bool = Field(True, description="Write TensorBoard events to output_dir/tensorboard.")
+    wandb: bool = Field(False, description="Log to Weights & Biases; offline where no key is configured.")
+    wandb_project: str = Field("megatron-intuitor", description="Weights & Biases project.")
+    samples_per_step: Positive = Field(4, description="Responses a step written to samples.jsonl.")
+
+
+class RunConfig(Section):
+    """A whole run: ``train`` reads nothing else."""
+
+    model: ModelConfig = Field(description="The model that is trained.")
+    data: DataConfig = Field(description="Training prompts.")
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Parallel sizes.")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig, description="Sampling of responses.")
+    rewards: RewardsConfig = Field(default_factory=RewardsConfig, description="Reward sources.")
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="Advantages and loss.")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="AdamW and schedule.")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="The loop.")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="Held-out evaluation.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints and export.")
+    logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Trackers.")
+    seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
+    output_dir: Path = Field(Path("runs/run"), description="Folder of everything the run writes; relative to the working directory.")
