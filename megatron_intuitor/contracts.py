@@ -13,7 +13,7 @@ Nothing here knows Megatron, vLLM or a process group.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a response is drawn. ``temperature`` 0 is greedy; ``top_k`` -1 and ``top_p`` 1 leave the distribution whole."""
+    """How a response is drawn: ``temperature`` 0 is greedy, ``top_k`` -1 and ``top_p`` 1 keep all tokens."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -74,7 +74,7 @@ class Rollout:
     token_ids: tuple[int, ...]
     """Response tokens; the end-of-sequence token is included where it was sampled. Never empty."""
     logprobs: tuple[float, ...]
-    """The engine's log-prob of each token in the distribution that it sampled from (after temperature, top-k, top-p)."""
+    """Each token's log-prob in the distribution that the engine sampled from (after temperature, top-k, top-p)."""
     weight_versions: tuple[int, ...]
     """The weight version that produced each token."""
     finish_reason: FinishReason
@@ -93,7 +93,7 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True)
 class ResponseStatistics:
-    """What the trainer's policy says about one response, per response token; each tensor is fp32 ``[response]`` on CPU."""
+    """What the trainer's policy says of one response, per response token; each tensor is fp32 ``[response]`` on CPU."""
 
     log_prob: Tensor
     self_certainty: Tensor
@@ -170,9 +170,7 @@ class Reward(Protocol):
 
     name: str
 
-    def __call__(
-        self, groups: Sequence[RolloutGroup], statistics: Sequence[ResponseStatistics]
-    ) -> Tensor:
+    def __call__(self, groups: Sequence[RolloutGroup], statistics: Sequence[ResponseStatistics]) -> Tensor:
         """Return fp32 ``[samples]`` in group-major order; ``statistics`` has one entry a sample in the same order."""
         ...
 
@@ -218,6 +216,63 @@ class RolloutEngine(Protocol):
 
 class EngineFailure(RuntimeError):  # noqa: N818 - the field calls it a failure
     """An engine died, timed out or answered nonsense; the message names the engine and what it said."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReceiver:
+    """A rollout server that takes weights over the network."""
+
+    name: str
+    incarnation: int
+    """Counts the processes behind ``name``: connections to an earlier one are void."""
+    url: str
+    workers: int
+    """Worker processes that hold the model (tensor x pipeline x data parallel size of the server)."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """What opens the server's routes; secret."""
+
+
+@runtime_checkable
+class MemoryReceiver(Protocol):
+    """A rollout engine in the trainer's own process, which takes weights by reading them."""
+
+    name: str
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Read ``weights`` to the end and sample from them as ``version``; `EngineFailure` where they do not fit."""
+        ...
+
+
+WeightReceiver = ServerReceiver | MemoryReceiver
+
+
+class WeightReceivers(Protocol):
+    """All engines that take weights: what weight sync knows of a rollout pool.  Called on the driver only."""
+
+    def receivers(self) -> Sequence[WeightReceiver]:
+        """The engines that are up, in sync or not; waits where all are still starting."""
+        ...
+
+    def weights_loaded(self, name: str, version: int) -> None:
+        """Engine ``name`` now samples from weights ``version``."""
+        ...
+
+    def weights_failed(self, name: str, reason: str, *, alive: bool) -> bool:
+        """Engine ``name`` holds mixed weights; where it is not ``alive`` its process is of no more use.
+
+        Returns whether it is coming back by itself, so that a later sync can succeed.
+        """
+        ...
+
+
+TransferBackend = Literal["gloo", "nccl"]
+
+
+def transfer_backend(setting: Literal["auto", "gloo", "nccl"]) -> TransferBackend:
+    """What ``rollout.weight_transfer`` means on this machine: auto is nccl where torch sees CUDA, else gloo."""
+    if setting == "auto":
+        return "nccl" if torch.cuda.is_available() else "gloo"
+    return setting
 
 
 Metrics = Mapping[str, float]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -112,9 +113,7 @@ class SelfCertaintyConfig(Section):
     annotator: Literal["online", "offline"] = Field(
         "online", description="online: the current policy scores itself; offline: the initial policy, frozen, does."
     )
-    std_floor: NonNegative | None = Field(
-        None, description="Overrides algorithm.advantage.std_floor for this source."
-    )
+    std_floor: NonNegative | None = Field(None, description="Overrides algorithm.advantage.std_floor for this source.")
 
 
 class AccuracyConfig(Section):
@@ -122,11 +121,10 @@ class AccuracyConfig(Section):
 
     weight: float = Field(0.0, description="Weight of the normalised reward; 0 only reports it.")
     answer_pattern: str = Field(
-        "", description="Regular expression whose first group is the final answer (last match); empty: math-verify's own."
+        "",
+        description="Regular expression whose first group is the final answer (last match); empty: math-verify's own.",
     )
-    std_floor: NonNegative | None = Field(
-        None, description="Overrides algorithm.advantage.std_floor for this source."
-    )
+    std_floor: NonNegative | None = Field(None, description="Overrides algorithm.advantage.std_floor for this source.")
 
 
 class RewardsConfig(Section):
@@ -155,7 +153,9 @@ class LossConfig(Section):
     clip_low: float = Field(0.2, gt=0.0, lt=1.0, description="Ratio is clipped at 1 - clip_low.")
     clip_high: float = Field(0.2, gt=0.0, description="Ratio is clipped at 1 + clip_high.")
     dual_clip: float | None = Field(None, gt=1.0, description="Bound on ratio x |advantage| for negative advantages.")
-    kl_coefficient: NonNegative = Field(0.005, description="Weight of the k3 KL to the reference; 0 keeps no reference.")
+    kl_coefficient: NonNegative = Field(
+        0.005, description="Weight of the k3 KL to the reference; 0 keeps no reference."
+    )
     entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
     importance_cap: float | None = Field(
         2.0, gt=0.0, description="Truncation of exp(trainer - engine log-prob) weights; null leaves the mismatch alone."
@@ -178,8 +178,8 @@ class OptimizerConfig(Section):
     min_lr: NonNegative = Field(0.0, description="Learning rate at the end of the schedule.")
     schedule: Literal["constant", "linear", "cosine"] = Field("cosine", description="Shape after warm-up.")
     warmup_fraction: Fraction = Field(0.1, description="Share of the optimizer steps spent on linear warm-up.")
-    beta1: Fraction = Field(0.9, description="AdamW beta 1.")
-    beta2: Fraction = Field(0.999, description="AdamW beta 2.")
+    beta1: Decay = Field(0.9, description="AdamW beta 1.")
+    beta2: Decay = Field(0.999, description="AdamW beta 2.")
     epsilon: float = Field(1e-8, gt=0.0, description="AdamW epsilon.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, gt=0.0, description="Gradient clipping bound.")
@@ -204,7 +204,8 @@ class EvaluationConfig(Section):
     prompts: Positive = Field(128, description="Held-out problems that are asked (the first ones of the file).")
     samples: Positive = Field(4, description="Sampled answers a problem.")
     patterns: dict[str, str] = Field(
-        default_factory=dict, description="name: regular expression; the share of sampled answers that match is reported."
+        default_factory=dict,
+        description="name: regular expression; the share of sampled answers that match is reported.",
     )
 
 
@@ -240,4 +241,6 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Checkpoints and export.")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Trackers.")
     seed: int = Field(0, ge=0, description="Seed of data order, sampling and initialisation.")
-    output_dir: Path = Field(Path("runs/run"), description="Folder of everything the run writes; relative to the working directory.")
+    output_dir: Path = Field(
+        Path("runs/run"), description="Folder of everything the run writes; relative to the working directory."
+    )

@@ -1,0 +1,149 @@
+"""Advantages: how much better a response is than the other responses to the same prompt.
+
+GRPO (arXiv 2402.03300, section 4.1.2) normalises the rewards of a group by their mean and deviation, Dr. GRPO
+(arXiv 2503.20783) only subtracts the mean.  With several reward sources each is normalised on its own, then they are
+added with their weights, so that a weight means the same whatever scale a source has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_intuitor.config.schema import AdvantageConfig, RewardsConfig
+
+_FLAT = 1e-6
+"""Groups whose deviation is at most this count as groups without spread: nothing can be learned from them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpread:
+    """How far rewards differ inside groups; for reports."""
+
+    mean_std: float
+    """Mean over groups of the sample standard deviation (ddof 1); NaN without a group of two known rewards."""
+    flat_share: float
+    """Share of those groups whose rewards are all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    """Group statistics of one reward source, in float64."""
+
+    member: Tensor
+    """``[samples]``: position of each sample's group."""
+    known: Tensor
+    """``[samples]``: whether the reward is not NaN."""
+    centred: Tensor
+    """``[samples]``: reward minus the mean of the known rewards of its group; 0 where unknown."""
+    count: Tensor
+    """``[groups]``: known rewards."""
+    std: Tensor
+    """``[groups]``: deviation with ddof 1; 0 for fewer than two known rewards."""
+
+    @classmethod
+    def of(cls, rewards: Tensor, group_index: Sequence[int] | Tensor) -> _Groups:
+        index = torch.as_tensor(group_index, device=rewards.device)
+        if rewards.dim() != 1 or index.shape != rewards.shape:
+            shapes = f"rewards {list(rewards.shape)} and group_index {list(index.shape)}"
+            raise ValueError(f"{shapes} must be [samples]; give one group number a reward")
+        if rewards.isinf().any():
+            raise ValueError("rewards must be finite, or NaN where a reward is unknown; found an infinity")
+        member = index.unique(return_inverse=True)[1]
+        groups = int(member.max()) + 1 if member.numel() else 0
+        known = ~rewards.isnan()
+        values = rewards.double().masked_fill(~known, 0.0)
+        # Counting from the smallest reward of the group makes equal rewards come out as exactly 0.
+        lowest = values.new_zeros(groups).scatter_reduce(
+            0, member[known], values[known], reduce="amin", include_self=False
+        )
+        values = (values - lowest[member]).masked_fill(~known, 0.0)
+        count = values.new_zeros(groups).index_add(0, member, known.double())
+        mean = values.new_zeros(groups).index_add(0, member, values) / count.clamp(min=1)
+        centred = (values - mean[member]).masked_fill(~known, 0.0)
+        squares = values.new_zeros(groups).index_add(0, member, centred.square())
+        return cls(member, known, centred, count, (squares / (count - 1).clamp(min=1)).sqrt())
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_index: Sequence[int] | Tensor,
+    *,
+    scale: Literal["std", "none"],
+    std_floor: float,
+    epsilon: float,
+) -> Tensor:
+    """Normalise rewards inside their groups: ``(reward - mean) / (max(std, std_floor) + epsilon)``.
+
+    Args:
+        rewards: ``[samples]``; NaN is an unknown reward: it is left out of the group's statistics and gets 0.
+        group_index: ``[samples]``: which group each sample belongs to, in any order.
+        scale: ``std`` as above; ``none`` only subtracts the mean.
+        std_floor: smaller deviations count as this.
+        epsilon: added to the deviation.
+
+    Returns:
+        fp32 ``[samples]``; 0 in a group with fewer than two known rewards or with equal rewards.
+
+    Raises:
+        ValueError: shapes differ, or a reward is infinite.
+    """
+    groups = _Groups.of(rewards, group_index)
+    advantage = groups.centred
+    if scale == "std":
+        advantage = advantage / (groups.std.clamp(min=std_floor) + epsilon)[groups.member]
+    return advantage.float()
+
+
+def combine_advantages(
+    rewards: Mapping[str, Tensor],
+    group_index: Sequence[int] | Tensor,
+    rewards_config: RewardsConfig,
+    advantage_config: AdvantageConfig,
+) -> Tensor:
+    """Sum over reward sources of weight times group advantage; sources with weight 0 take no part.
+
+    Args:
+        rewards: source name, as in the ``rewards`` section of the config, to ``[samples]``.
+        group_index: ``[samples]``: which group each sample belongs to.
+        rewards_config: weight and optional ``std_floor`` of each source.
+        advantage_config: how each source is normalised.
+
+    Returns:
+        fp32 ``[samples]``.
+
+    Raises:
+        ValueError: a source is unknown to the config, a source with a weight has no rewards, or no source has a weight.
+    """
+    sources = {name: getattr(rewards_config, name) for name in type(rewards_config).model_fields}
+    weights = {name: section.weight for name, section in sources.items() if section.weight != 0}
+    if unknown := sorted(set(rewards) - set(sources)):
+        raise ValueError(f"rewards has unknown sources {unknown}; the config knows {sorted(sources)}")
+    if missing := sorted(set(weights) - set(rewards)):
+        raise ValueError(f"rewards lacks {missing}, which have a weight; compute them or set rewards.<source>.weight 0")
+    if not weights:
+        raise ValueError(f"rewards.<source>.weight is 0 for all of {sorted(sources)}; give one of them a weight")
+    total = torch.zeros(len(group_index), device=next(iter(rewards.values())).device)
+    for name, weight in weights.items():
+        floor = sources[name].std_floor
+        total += weight * group_advantages(
+            rewards[name],
+            group_index,
+            scale=advantage_config.scale,
+            std_floor=advantage_config.std_floor if floor is None else floor,
+            epsilon=advantage_config.epsilon,
+        )
+    return total
+
+
+def group_spread(rewards: Tensor, group_index: Sequence[int] | Tensor) -> GroupSpread:
+    """How far one source's rewards differ inside groups; groups with fewer than two known rewards do not count."""
+    groups = _Groups.of(rewards, group_index)
+    std = groups.std[groups.count >= 2]
+    if std.numel() == 0:
+        return GroupSpread(mean_std=float("nan"), flat_share=float("nan"))
+    return GroupSpread(mean_std=float(std.mean()), flat_share=float((std <= _FLAT).double().mean()))

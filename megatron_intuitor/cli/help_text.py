@@ -1,0 +1,31 @@
+"""The part of ``train --help`` that lists every config field, made from the schema."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+
+from megatron_intuitor.config import all_fields, all_sections
+
+WIDTH = 110
+
+
+def fields_help() -> str:
+    """Every ``--section.field`` with type, default and meaning, grouped by section."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    yield "config fields, in the file or as --section.field VALUE (also --section.field=VALUE):"
+    sections = all_sections()
+    current: str | None = None
+    for name, field in all_fields().items():
+        section = name.rpartition(".")[0]
+        if section != current:
+            current = section
+            yield ""
+            yield f"{section}: {sections[section].description}" if section else "whole run:"
+        yield f"  --{name}  {field.type_text}  (default {field.default_text})".replace(
+            "(default required)", "(required)"
+        )
+        yield from textwrap.wrap(field.info.description or "", WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)

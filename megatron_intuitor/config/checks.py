@@ -1,0 +1,191 @@
+"""Rules between fields, and between fields and the disk: all told together, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from megatron_intuitor.config.data_files import data_problems
+from megatron_intuitor.config.errors import ConfigError, problem
+from megatron_intuitor.config.model_folder import model_problems
+from megatron_intuitor.config.schema import RunConfig
+
+
+def check_config(run: RunConfig, world_size: int) -> None:
+    """Check that ``run`` can be trained on ``world_size`` ranks on this machine.
+
+    Raises:
+        ConfigError: with every broken rule.
+    """
+    rules = (
+        parallel_problems,
+        batch_problems,
+        reward_problems,
+        optimizer_problems,
+        rollout_problems,
+        package_problems,
+        output_problems,
+        model_problems,
+        data_problems,
+    )
+    problems = [found for rule in rules for found in rule(run, world_size)]
+    if problems:
+        raise ConfigError(problems, f"config for {world_size} {'rank' if world_size == 1 else 'ranks'}")
+
+
+def parallel_problems(run: RunConfig, world_size: int) -> Iterator[str]:
+    """The world must be a whole number of model copies; sequence parallelism needs tensor parallelism."""
+    copy = run.parallel.tensor * run.parallel.pipeline
+    if world_size % copy:
+        rule = (
+            f"parallel.tensor x parallel.pipeline = {run.parallel.tensor} x {run.parallel.pipeline} = {copy} must "
+            f"divide the number of ranks that were started, {world_size}"
+        )
+        fix = f"start a multiple of {copy} ranks (torchrun --nproc-per-node) or lower the parallel sizes"
+        yield problem("parallel.tensor", run.parallel.tensor, rule, fix)
+    if run.parallel.sequence and run.parallel.tensor == 1:
+        fix = "raise parallel.tensor or set parallel.sequence to false"
+        yield problem("parallel.sequence", True, "sequence parallelism needs parallel.tensor > 1", fix)
+
+
+def batch_problems(run: RunConfig, world_size: int) -> Iterator[str]:
+    """Mini batches are whole groups and reach every data-parallel rank; one sequence fits a micro batch."""
+    prompts, samples, count = run.rollout.prompts_per_step, run.rollout.samples_per_prompt, run.algorithm.mini_batches
+    ranks = world_size // (run.parallel.tensor * run.parallel.pipeline)
+    if prompts % count:
+        rule = f"must divide rollout.prompts_per_step = {prompts}: a mini batch holds whole groups"
+        fix = "set it to a divisor, or change rollout.prompts_per_step"
+        yield problem("algorithm.mini_batches", count, rule, fix)
+    elif prompts // count * samples < ranks:
+        rule = (
+            f"with algorithm.mini_batches = {count} and rollout.samples_per_prompt = {samples} a mini batch has "
+            f"{prompts // count * samples} samples, fewer than the {ranks} data-parallel ranks"
+        )
+        yield problem(
+            "rollout.prompts_per_step", prompts, rule, "raise it, lower algorithm.mini_batches or use fewer ranks"
+        )
+    longest = run.data.max_prompt_tokens + run.rollout.sampling.max_tokens
+    if longest > run.train.micro_batch_tokens:
+        rule = (
+            f"must hold the longest sequence: data.max_prompt_tokens + rollout.sampling.max_tokens = "
+            f"{run.data.max_prompt_tokens} + {run.rollout.sampling.max_tokens} = {longest}"
+        )
+        yield problem("train.micro_batch_tokens", run.train.micro_batch_tokens, rule, f"set it to {longest} or more")
+
+
+def reward_problems(run: RunConfig, world_size: int) -> Iterator[str]:  # noqa: ARG001
+    """Something must be rewarded, and every regular expression must compile."""
+    weights = {name: getattr(run.rewards, name).weight for name in type(run.rewards).model_fields}
+    if not any(weights.values()):
+        fix = f"give {' or '.join(f'rewards.{name}.weight' for name in weights)} a weight"
+        yield problem("rewards", "all weights 0", "every advantage would be 0 and nothing learned", fix)
+    pattern = run.rewards.accuracy.answer_pattern
+    if pattern:
+        yield from _pattern_problems("rewards.accuracy.answer_pattern", pattern, needs_group=True)
+    for name, expression in run.evaluation.patterns.items():
+        yield from _pattern_problems(f"evaluation.patterns.{name}", expression, needs_group=False)
+
+
+def _pattern_problems(field: str, pattern: str, *, needs_group: bool) -> Iterator[str]:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        yield problem(field, pattern, f"is not a regular expression: {error}", "correct it")
+        return
+    if needs_group and not groups:
+        yield problem(field, pattern, "its first group is the answer, but it has none", "put ( ) around the answer")
+
+
+def optimizer_problems(run: RunConfig, world_size: int) -> Iterator[str]:  # noqa: ARG001
+    """The schedule must fall, not rise."""
+    if run.optimizer.min_lr > run.optimizer.lr:
+        rule = f"must not be above optimizer.lr = {run.optimizer.lr}"
+        yield problem("optimizer.min_lr", run.optimizer.min_lr, rule, "lower it or raise optimizer.lr")
+
+
+def rollout_problems(run: RunConfig, world_size: int) -> Iterator[str]:  # noqa: ARG001
+    """The sampled distribution must be the trained one, and the engine's settings must fit each other."""
+    sampling, cap = run.rollout.sampling, run.algorithm.loss.importance_cap
+    cuts = {"rollout.sampling.top_p": (sampling.top_p, 1.0), "rollout.sampling.top_k": (sampling.top_k, -1)}
+    for field, (value, whole) in cuts.items():
+        if value != whole and cap is not None:
+            rule = (
+                "the engine's log-probs are then of the cut distribution and the trainer's of the whole one, and the "
+                f"importance weights (algorithm.loss.importance_cap = {cap}) would correct a gap that is no mismatch"
+            )
+            yield problem(field, value, rule, f"set it to {whole}, or algorithm.loss.importance_cap to null")
+    if run.rollout.engine == "transformers":
+        yield from _in_process_problems(run)
+    yield from _url_problems(run)
+
+
+def _in_process_problems(run: RunConfig) -> Iterator[str]:
+    given = {
+        "rollout.urls": (list(run.rollout.urls), []),
+        "rollout.servers": (run.rollout.servers, 1),
+        "rollout.tensor_parallel": (run.rollout.tensor_parallel, 1),
+    }
+    for field, (value, default) in given.items():
+        if value != default:
+            rule = "rollout.engine = transformers samples inside the trainer and knows no servers"
+            yield problem(field, value, rule, f"set it to {default}, or rollout.engine to vllm")
+
+
+def _url_problems(run: RunConfig) -> Iterator[str]:
+    urls = run.rollout.urls
+    for url in urls:
+        if not _is_address(url):
+            yield problem("rollout.urls", url, "must be an http:// or https:// address", "write http://HOST:PORT")
+        elif "@" in urlsplit(url).netloc:
+            rule = "must hold no user and no password: configs are written to the run's folder"
+            fix = "put the key into the variable of rollout.api_key_env"
+            yield problem("rollout.urls", urlsplit(url).hostname, rule, fix)
+    if len({url.rstrip("/") for url in urls}) < len(urls):
+        yield problem("rollout.urls", list(urls), "names a server twice", "give each server once")
+    if urls and run.rollout.servers > 1:
+        rule = "no server is started where rollout.urls names running ones"
+        yield problem("rollout.servers", run.rollout.servers, rule, "leave it at 1 or empty rollout.urls")
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a broken IPv6 address, or a port that is no number
+        return False
+
+
+def package_problems(run: RunConfig, world_size: int) -> Iterator[str]:  # noqa: ARG001
+    """Optional packages that the config asks for must be installed, and must be able to do it."""
+    asked = {
+        "vllm": ("rollout.engine", run.rollout.engine == "vllm" and not run.rollout.urls, "transformers"),
+        "transformer_engine": ("model.layers", run.model.layers == "transformer_engine", "local"),
+        "wandb": ("logging.wandb", run.logging.wandb, "false"),
+    }
+    for package, (field, wanted, instead) in asked.items():
+        if wanted and find_spec(package) is None:
+            yield problem(
+                field, _value(run, field), f"needs the package {package}", f"install it or set {field} to {instead}"
+            )
+    if run.model.layers == "transformer_engine" and run.model.precision == "fp32":
+        rule = "Transformer Engine's attention for packed sequences computes in bf16"
+        yield problem("model.precision", "fp32", rule, "set it to bf16, or model.layers to local")
+
+
+def _value(run: RunConfig, field: str) -> object:
+    section, _, key = field.partition(".")
+    return getattr(getattr(run, section), key)
+
+
+def output_problems(run: RunConfig, world_size: int) -> Iterator[str]:  # noqa: ARG001
+    """``output_dir`` must be a folder that this user can write to, or can make."""
+    folder: Path = run.output_dir
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        yield problem("output_dir", folder, f"{existing} is a file", "name a folder")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield problem("output_dir", folder, f"{existing} cannot be written to", "name a folder that you own")

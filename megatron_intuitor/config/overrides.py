@@ -1,0 +1,75 @@
+"""``--section.field value`` and ``--section.field=value``: the command line's way to set a field."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, get_origin
+
+import yaml
+
+from megatron_intuitor.config.fields import ConfigField, all_fields, all_sections, nearest
+from megatron_intuitor.config.yaml_format import describe_yaml_error, parse_yaml
+
+WHERE = "command line"
+
+
+class OverrideError(ValueError):
+    """One override that means nothing; the message is a whole problem."""
+
+
+def read_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Values by full field name, the last one where a field is given twice, and the problems found.
+
+    Texts, paths and words are taken as they were typed; everything else is read as YAML (``true``, ``1e-6``, ``null``,
+    ``[a, b]``).  An entry of a map is set by its own name (``--evaluation.patterns.boxed REGEX``).
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, raw in _pairs(arguments, problems):
+        try:
+            field = _field_of(name)
+            values[name] = _value(field, raw, entry=name != field.name)
+        except OverrideError as error:
+            problems.append(str(error))
+    return values, problems
+
+
+def _pairs(arguments: Sequence[str], problems: list[str]) -> Iterator[tuple[str, str]]:
+    waiting = list(arguments)
+    while waiting:
+        option = waiting.pop(0)
+        name, equals, raw = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not name:
+            problems.append(f"{WHERE}: {option!r} belongs to no field; write --section.field value.")
+        elif equals:
+            yield name, raw
+        elif waiting and not waiting[0].startswith("--"):
+            yield name, waiting.pop(0)
+        else:
+            problems.append(f"{WHERE}: --{name} has no value; write --{name} VALUE or --{name}=VALUE.")
+
+
+def _field_of(name: str) -> ConfigField:
+    fields = all_fields()
+    owner = fields.get(name.rpartition(".")[0])
+    if name in fields:
+        return fields[name]
+    if owner is not None and get_origin(owner.kind) is dict:
+        return owner
+    if name in all_sections():
+        inner = next(full for full in fields if full.startswith(f"{name}."))
+        raise OverrideError(f"{WHERE}: --{name} is a section; set one of its fields, for example --{inner}.")
+    close = nearest(name)
+    hint = f"the nearest is --{close}" if close else "`train --help` lists them all"
+    raise OverrideError(f"{WHERE}: --{name} is not a field; {hint}.")
+
+
+def _value(field: ConfigField, raw: str, *, entry: bool) -> Any:
+    if entry or field.is_text:
+        return None if field.optional and raw == "null" else raw
+    try:
+        value, _ = parse_yaml(raw)
+    except yaml.YAMLError as error:
+        reason = describe_yaml_error(error)
+        raise OverrideError(f"{WHERE}: {field.name} = {raw}: must be a {field.type_text}; {reason}.") from error
+    return value

@@ -1,0 +1,67 @@
+"""The sizes of a dense decoder, and how its vocabulary is padded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+_LARGE_VOCABULARY = 8192
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Full, unsharded sizes of a model; weight tables name them as dimensions."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    """Width of one of the two halves (gate, up) of the MLP."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    """Rows of the Hugging Face embedding: the true vocabulary."""
+    padded_vocab: int
+    """Rows of megatron's embedding over all tensor ranks; the rows from `vocab` on are zero."""
+
+    @property
+    def q_width(self) -> int:
+        """Output features of the query projection; not ``hidden`` where the head dimension is free."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Output features of the key (or value) projection."""
+        return self.kv_heads * self.head_dim
+
+    def size(self, dimension: str) -> int:
+        """The number behind a dimension name of a weight table, e.g. ``q_width``."""
+        value = getattr(self, dimension)
+        assert isinstance(value, int)
+        return value
+
+    @classmethod
+    def of(cls, hf: PreTrainedConfig, tensor_size: int) -> Geometry:
+        """Read the sizes from a Hugging Face config for a tensor-parallel size."""
+        return cls(
+            layers=hf.num_hidden_layers,
+            hidden=hf.hidden_size,
+            ffn=hf.intermediate_size,
+            heads=hf.num_attention_heads,
+            kv_heads=hf.num_key_value_heads,
+            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            vocab=hf.vocab_size,
+            padded_vocab=padded_vocabulary(hf.vocab_size, tensor_size),
+        )
+
+
+def padded_vocabulary(vocab: int, tensor_size: int) -> int:
+    """Round ``vocab`` up so that every tensor rank gets the same number of rows.
+
+    The unit does not depend on the tensor-parallel size as long as that divides 64 (8 for small vocabularies), so
+    the padded size, and with it a checkpoint, is the same for every usual layout.
+    """
+    unit = math.lcm(64 if vocab >= _LARGE_VOCABULARY else 8, tensor_size)
+    return math.ceil(vocab / unit) * unit

@@ -1,0 +1,22 @@
+"""What a person sees of a run: console, metrics, samples, spans, summary and the HTML report."""
+
+from megatron_intuitor.observability.console import RunConsole
+from megatron_intuitor.observability.logs import configure_logging
+from megatron_intuitor.observability.observer import Observer
+from megatron_intuitor.observability.report import write_report
+from megatron_intuitor.observability.samples import SampleRow
+from megatron_intuitor.observability.sinks import MetricsJsonl, Tracker
+from megatron_intuitor.observability.spans import Spans
+from megatron_intuitor.observability.summary import Summary
+
+__all__ = [
+    "MetricsJsonl",
+    "Observer",
+    "RunConsole",
+    "SampleRow",
+    "Spans",
+    "Summary",
+    "Tracker",
+    "configure_logging",
+    "write_report",
+]

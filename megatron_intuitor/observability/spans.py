@@ -1,0 +1,133 @@
+"""Where the time goes: named wall-clock spans, summed a step and drawn by Perfetto.
+
+    spans = Spans(output_dir / "trace.json")
+    with spans("step"):
+        with spans("rollout"):
+            ...
+        with spans("update"), spans("forward"):
+            ...
+    spans.collect()  # {"time/step_s": 9.1, "time/rollout_s": 6.0, "time/update_s": 3.0, "time/update/forward_s": 3.0}
+
+A span inside another one carries its parent's name, except inside ``step``: its children are the phases of a step.
+Times are inclusive, so the phases add up to at most the step and the parts of a phase to at most the phase.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = "step"
+"""The span whose children are phases, not parts."""
+
+
+class ChromeTrace:
+    """A Chrome trace (JSON array of complete events) that is valid JSON after every `write`.
+
+    Reopening a trace of an earlier start of the run keeps its events; a line that a killed process left half written
+    is dropped.  Format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+    """
+
+    _TAIL = "\n]\n"
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        kept = [line.rstrip(",") for line in lines if _is_event(line.rstrip(","))]
+        self._file = path.open("w", encoding="utf-8", newline="\n")
+        self._empty = not kept
+        self._file.write("[\n" + ",\n".join(kept))
+        self._end = self._file.tell()
+        self._file.write(self._TAIL)
+        self._file.flush()
+
+    def write(self, events: list[dict[str, object]]) -> None:
+        """Append events, one a line."""
+        if not events:
+            return
+        lead = "" if self._empty else ",\n"
+        self._file.seek(self._end)
+        self._file.write(lead + ",\n".join(json.dumps(event) for event in events))
+        self._end = self._file.tell()
+        self._file.write(self._TAIL)
+        self._file.flush()
+        self._empty = False
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        self._file.close()
+
+
+class Spans:
+    """Collects wall seconds by phase; with ``trace_path`` also every single span for Perfetto.  Thread-safe."""
+
+    def __init__(self, trace_path: Path | None = None) -> None:
+        self._trace = ChromeTrace(trace_path) if trace_path else None
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._events: list[dict[str, object]] = []
+        self._lock = threading.Lock()
+        self._open = threading.local()
+        # One clock pair for the run: monotonic differences on top of a wall-clock start.
+        self._wall_start_us = time.time_ns() / 1e3 - time.perf_counter_ns() / 1e3
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Time a block; also when it raises."""
+        stack: list[str] = self._open.__dict__.setdefault("stack", [])
+        path = f"{stack[-1]}/{name}" if stack and stack[-1] != ROOT else name
+        stack.append(path)
+        start = time.perf_counter_ns()
+        try:
+            yield
+        finally:
+            end = time.perf_counter_ns()
+            stack.pop()
+            self._record(path, name, start, end)
+
+    def collect(self) -> dict[str, float]:
+        """Seconds of every span closed since the last call as ``time/<phase>_s``; starts again from zero."""
+        with self._lock:
+            seconds, self._seconds = self._seconds, defaultdict(float)
+            events, self._events = self._events, []
+            if self._trace:
+                self._trace.write(events)
+        return {f"time/{path}_s": value for path, value in seconds.items()}
+
+    def close(self) -> None:
+        """Write what has not been collected to the trace and close it; later spans are still timed."""
+        with self._lock:
+            if self._trace:
+                self._trace.write(self._events)
+                self._trace.close()
+            self._trace, self._events = None, []
+
+    def _record(self, path: str, name: str, start: int, end: int) -> None:
+        with self._lock:
+            self._seconds[path] += (end - start) / 1e9
+            if self._trace:
+                self._events.append(
+                    {
+                        "name": name,
+                        "ph": "X",
+                        "ts": round(self._wall_start_us + start / 1e3, 1),
+                        "dur": round((end - start) / 1e3, 1),
+                        "pid": os.getpid(),
+                        "tid": threading.get_ident() % 1_000_000,
+                    }
+                )
+
+
+def _is_event(line: str) -> bool:
+    if not line.startswith("{"):
+        return False
+    try:
+        json.loads(line)
+    except json.JSONDecodeError:
+        return False
+    return True

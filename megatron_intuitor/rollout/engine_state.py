@@ -1,0 +1,139 @@
+"""What a pool knows of one engine: its state, and the server behind it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from megatron_intuitor.contracts import ServerReceiver
+from megatron_intuitor.rollout.dispatch import AskableEngine
+
+EngineState = Literal["starting", "healthy", "stale", "dead"]
+"""starting: not up yet.  stale: up, with weights that nobody vouches for.  healthy: up and in sync.  dead: gone.
+
+There is no way from starting or dead to healthy but through stale and a full weight sync.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """A look at one engine of a pool."""
+
+    name: str
+    state: EngineState
+    restarts: int
+    weight_version: int | None
+
+
+class EngineClient(AskableEngine, Protocol):
+    """What the pool asks of an engine's client."""
+
+    url: str
+    headers: dict[str, str]
+
+    def healthy(self) -> bool:
+        """Whether the engine says that it is up."""
+        ...
+
+    def worker_count(self) -> int:
+        """How many worker processes hold the model."""
+        ...
+
+    def set_weight_version(self, version: int) -> None:
+        """Name the weights that the engine holds."""
+        ...
+
+
+class EngineProcess(Protocol):
+    """What the pool asks of a server process of its own."""
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there."""
+        ...
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        ...
+
+    def ask_to_stop(self) -> None:
+        """Ask it to end, without waiting."""
+        ...
+
+    def kill(self) -> None:
+        """End it now."""
+        ...
+
+    def stop(self) -> None:
+        """End it politely, then for certain."""
+        ...
+
+
+Launch = Callable[[int], tuple[EngineClient, EngineProcess | None]]
+"""Starts attempt ``n`` of an engine (0 the first); without a process where the server is not ours."""
+
+
+class Engine:
+    """One engine of the pool.
+
+    Args:
+        name: how messages call it.
+        launch: starts it.
+    """
+
+    def __init__(self, name: str, launch: Launch) -> None:
+        self.name = name
+        self._launch = launch
+        self.state: EngineState = "dead"
+        self.attempt = -1
+        self.started_at = 0.0
+        self.weight_version: int | None = None
+        self.was_up = False
+        """Whether it has ever been up: if not, its start is at fault and doing it again would not help."""
+        self._workers = 0
+        self.client: EngineClient
+        self.process: EngineProcess | None = None
+
+    def start(self) -> None:
+        """Start it (again); returns at once."""
+        self.attempt += 1
+        self.client, self.process = self._launch(self.attempt)
+        self.state = "starting"
+        self.started_at = time.monotonic()
+        self.weight_version = None
+
+    @property
+    def owned(self) -> bool:
+        """Whether its server is ours to restart."""
+        return self.process is not None
+
+    @property
+    def up(self) -> bool:
+        """Whether it can take weights."""
+        return self.state in ("healthy", "stale")
+
+    def look(self) -> None:
+        """Find out whether an engine that was not up is up by now.
+
+        Raises:
+            EngineFailure: it is up, but is not a server that can take weights.
+        """
+        if self.up or (self.process is not None and not self.process.running) or not self.client.healthy():
+            return
+        self._workers = self.client.worker_count()
+        self.state = "stale"
+        self.was_up = True
+
+    def answers(self) -> bool:
+        """Whether process and server are there right now."""
+        return (self.process is None or self.process.running) and self.client.healthy()
+
+    def receiver(self) -> ServerReceiver:
+        """Where weight sync finds it."""
+        return ServerReceiver(self.name, self.attempt, self.client.url, self._workers, self.client.headers)
+
+    def info(self) -> EngineInfo:
+        """A look at it."""
+        return EngineInfo(self.name, self.state, max(self.attempt, 0), self.weight_version)

@@ -1,0 +1,161 @@
+"""Runs inside a vLLM worker: takes weights from the trainer over gloo and puts them into the live model.
+
+vLLM brings weight transfer over NCCL only; this is the same for a machine without GPUs.  One update arrives as a
+number of *buckets*.  Each bucket is one ``update_weights`` call, which says what is in it, and one broadcast of its
+bytes.  A call therefore never leaves bytes behind on the connection, whatever goes wrong in it.
+
+After any error the model holds a mix of old and new weights, but whole tensors in their places: the engine must not
+sample, and the next update can start from the beginning.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+
+@dataclass
+class GlooReceiverInit(WeightTransferInitInfo):
+    """How a worker finds the trainer, which is rank 0 of a group with all workers of this server."""
+
+    host: str
+    port: int
+    world_size: int
+    timeout_s: int
+
+
+@dataclass
+class GlooBucket(WeightTransferUpdateInfo):
+    """What one broadcast holds: tensor ``i`` lies at byte ``offsets[i]`` of ``size`` bytes."""
+
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+    size: int
+    last: bool = False
+    """No bucket follows: every weight of the model must have come."""
+    abort: bool = False
+    """Nothing follows and nothing is broadcast: give the update up."""
+
+
+class UpdateAborted(RuntimeError):  # noqa: N818 - it reports what the trainer asked for
+    """The trainer gave the update up."""
+
+
+class GlooWeightReceiver(WeightTransferEngine[GlooReceiverInit, GlooBucket]):
+    """The worker side of the ``gloo`` backend."""
+
+    init_info_cls = GlooReceiverInit
+    update_info_cls = GlooBucket
+    _group: dist.ProcessGroupGloo | None = None
+    _expected: frozenset[str] = frozenset()
+    _loaded: set[str] | None = None
+
+    def init_transfer_engine(self, init_info: GlooReceiverInit) -> None:
+        """Join the trainer's group; replaces the connection to an earlier trainer."""
+        parallel = self.parallel_config
+        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        timeout = timedelta(seconds=init_info.timeout_s)
+        store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timeout
+        # The host name of a machine may resolve to an address that only itself can reach.
+        address = own_address(init_info.host, init_info.port)
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        self._group = dist.ProcessGroupGloo(store, rank, init_info.world_size, options)
+
+    def start_weight_update(self) -> None:
+        """Put the model's layers into the state in which checkpoint tensors can be loaded."""
+        # Asked before: during a reload tied weights count twice.
+        self._expected = frozenset(name for name, _ in self.model.named_parameters())
+        self._loaded = set()
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: GlooBucket) -> None:
+        """Take one bucket and load its tensors.
+
+        Raises:
+            UpdateAborted: the trainer gave up.
+            ValueError: the last bucket came, and weights of the model are missing.
+            Exception: what the model's loader has against a tensor (shape, name), after the broadcast is over.
+        """
+        try:
+            if update_info.abort:
+                raise UpdateAborted("the trainer gave this weight update up")
+            self._load(self._take(update_info))
+            if update_info.last:
+                self._check_complete()
+        except BaseException:
+            self._restore_layers()
+            raise
+
+    def _take(self, bucket: GlooBucket) -> list[tuple[str, Tensor]]:
+        if self._group is None:
+            raise RuntimeError("weight transfer is not initialised: no trainer has connected")
+        # A fresh buffer each time: the loader keeps views of it until a layer is complete.
+        buffer = torch.empty(bucket.size, dtype=torch.uint8)
+        self._group.broadcast(buffer, 0).wait()  # type: ignore[attr-defined]
+        return unpack(buffer, bucket.names, bucket.dtypes, bucket.shapes, bucket.offsets)
+
+    def _load(self, weights: Sequence[tuple[str, Tensor]]) -> None:
+        names = self.model.load_weights(iter(weights))  # type: ignore[operator]
+        if names is None:  # this model's loader does not say what it has loaded
+            self._loaded = None
+        elif self._loaded is not None:
+            self._loaded |= names
+
+    def _check_complete(self) -> None:
+        missing = sorted(self._expected - self._loaded) if self._loaded is not None else []
+        if missing:
+            raise ValueError(f"the trainer left out {len(missing)} weights of the model, the first is {missing[0]}")
+
+    def _restore_layers(self) -> None:
+        """Forget what is half loaded and give every layer its tensors back, with whatever values they hold."""
+        for layer in self.model.modules():
+            info = get_layerwise_info(layer)
+            info.load_numel = 0
+            info.loaded_weights.clear()
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def finish_weight_update(self) -> None:
+        """Finish the layers that wait for the end of an update, such as attention."""
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        """Leave the trainer's group."""
+        self._group = None
+
+
+def own_address(host: str, port: int) -> str:
+    """The address of this machine from which packets to ``host`` leave; sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def unpack(
+    buffer: Tensor, names: Sequence[str], dtypes: Sequence[str], shapes: Sequence[Sequence[int]], offsets: Sequence[int]
+) -> list[tuple[str, Tensor]]:
+    """The tensors of a bucket as views of its bytes: ``uint8 [size]`` to ``(name, tensor)`` pairs."""
+    tensors = []
+    for name, dtype_name, shape, offset in zip(names, dtypes, shapes, offsets, strict=True):
+        dtype: torch.dtype = getattr(torch, dtype_name)
+        flat = buffer[offset : offset + prod(shape) * dtype.itemsize]
+        tensors.append((name, flat.view(dtype).view(tuple(shape))))
+    return tensors

@@ -1,0 +1,236 @@
+"""Asks one vLLM server: token ids in, token ids, log-probs and weight versions out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import requests
+
+from megatron_intuitor.contracts import EngineFailure, FinishReason, GenerateRequest, Rollout
+
+Ask = Callable[[GenerateRequest], Awaitable[Rollout]]
+
+_CONTROL_TIMEOUT_S = 30.0
+_HEALTH_TIMEOUT_S = 5.0
+_NO_LOGPROB = -9000.0
+"""vLLM sends -9999 where it has no log-prob for a token, or where it is not a number."""
+_QUOTED = 600
+
+
+class RequestRefused(ValueError):  # noqa: N818 - it names what the server did
+    """The server will not take this request (HTTP 4xx): asking another server would not help."""
+
+
+class VllmClient:
+    """The client of one server.
+
+    Every request has a connection of its own.  Opening one on the local network costs far less than sampling one
+    response, and a reused one can be closed by the server in the very moment in which it is reused.
+
+    Args:
+        name: how messages call the engine.
+        url: ``http://host:port``.
+        key: the server's key, or None for a server without one.
+        stop_token_ids: tokens that end a response.
+        timeout_s: how long one request may take, waiting in the server included.
+        max_concurrent: requests that `generate` keeps in flight.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        *,
+        key: str | None,
+        stop_token_ids: Sequence[int],
+        timeout_s: float,
+        max_concurrent: int = 256,
+    ) -> None:
+        self.name = name
+        self.url = url.rstrip("/")
+        self.headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._stop_token_ids = list(stop_token_ids)
+        self._timeout_s = timeout_s
+        self._max_concurrent = max_concurrent
+
+    def healthy(self) -> bool:
+        """Whether the server says that its engine is up."""
+        try:
+            return self._direct("GET", "health", _HEALTH_TIMEOUT_S).status_code == requests.codes.ok
+        except requests.RequestException:
+            return False
+
+    def worker_count(self) -> int:
+        """How many worker processes hold the model.
+
+        Raises:
+            EngineFailure: also where the server lacks the routes that weight updates need.
+        """
+        try:
+            return int(self._control("GET", "get_world_size")["world_size"])
+        except EngineFailure as error:
+            raise EngineFailure(
+                f"{error}. The server must have been started with VLLM_SERVER_DEV_MODE=1, --enable-scale-out, "
+                "--logprobs-mode processed_logprobs and --weight-transfer-config"
+            ) from error
+
+    def set_weight_version(self, version: int) -> None:
+        """Have the server call the weights that it holds ``version``."""
+        self._control("POST", "update_weight_version", json={"new_version": str(version)})
+        self._control("POST", "resume")
+
+    def _control(self, method: str, route: str, **content: Any) -> dict[str, Any]:
+        try:
+            answer = self._direct(method, route, _CONTROL_TIMEOUT_S, **content)
+        except requests.RequestException as error:
+            raise EngineFailure(f"{self.name}: /{route}: {error}") from error
+        if answer.status_code != requests.codes.ok:
+            raise EngineFailure(f"{self.name}: /{route}: HTTP {answer.status_code}: {answer.text[-_QUOTED:]}")
+        result: dict[str, Any] = answer.json()
+        return result
+
+    def _direct(self, method: str, route: str, timeout_s: float, **content: Any) -> requests.Response:
+        with requests.Session() as session:
+            session.trust_env = False  # neither a proxy nor a .netrc may come between us and the server
+            url = f"{self.url}/{route}"
+            return session.request(method, url, headers=self.headers, timeout=timeout_s, **content)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Rollout]:
+        """One rollout a request, in order.
+
+        Raises:
+            EngineFailure: the server died, timed out or answered nonsense.
+            RequestRefused: the server does not take one of the requests.
+        """
+
+        async def ask_all() -> list[Rollout]:
+            slots = asyncio.Semaphore(self._max_concurrent)
+            async with self.session() as ask, asyncio.TaskGroup() as tasks:
+
+                async def one(request: GenerateRequest) -> Rollout:
+                    async with slots:
+                        return await ask(request)
+
+                running = [tasks.create_task(one(request)) for request in requests]
+            return [task.result() for task in running]
+
+        try:
+            return asyncio.run(ask_all())
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[Ask]:
+        """Opens the way to the server: ``async with client.session() as ask: rollout = await ask(request)``."""
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s)
+        async with aiohttp.ClientSession(connector=connector, headers=self.headers, timeout=timeout) as session:
+
+            async def ask(request: GenerateRequest) -> Rollout:
+                return await self._ask(session, request)
+
+            yield ask
+
+    async def _ask(self, session: aiohttp.ClientSession, request: GenerateRequest) -> Rollout:
+        body = request_body(request, self._stop_token_ids)
+        try:
+            async with session.post(f"{self.url}/inference/v1/generate", json=body) as response:
+                status, text = response.status, await response.text()
+        except TimeoutError:
+            message = f"{self.name}: no answer within {self._timeout_s:g} s (rollout.request_timeout_s)"
+            raise EngineFailure(message) from None
+        except aiohttp.ClientError as error:
+            raise EngineFailure(f"{self.name}: {type(error).__name__}: {error}") from error
+        if 400 <= status < 500:
+            raise RequestRefused(f"{self.name} refused a request: HTTP {status}: {text[-_QUOTED:]}")
+        if status != 200:
+            raise EngineFailure(f"{self.name}: HTTP {status}: {text[-_QUOTED:]}")
+        try:
+            return parse_rollout(json.loads(text), request.seed)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise EngineFailure(f"{self.name}: unusable answer: {error!r}: {text[:_QUOTED]}") from error
+
+
+def request_body(request: GenerateRequest, stop_token_ids: list[int]) -> dict[str, Any]:
+    """The JSON body of ``POST /inference/v1/generate``.
+
+    Every parameter that shapes the distribution is given, so that no generation_config.json of the model has a say.
+    """
+    sampling = request.sampling
+    return {
+        "token_ids": list(request.prompt_token_ids),
+        "stream": False,
+        "sampling_params": {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": max(sampling.top_k, 0),
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "max_tokens": sampling.max_tokens,
+            "seed": request.seed,
+            "logprobs": 0,
+            "detokenize": False,
+            # The ids below are all there is; otherwise the tokenizer's own would be added.
+            "ignore_eos": True,
+            "stop_token_ids": stop_token_ids,
+        },
+    }
+
+
+def parse_rollout(answer: dict[str, Any], seed: int) -> Rollout:
+    """Turn the server's answer into a rollout.
+
+    Raises:
+        ValueError: it is not a complete response with a log-prob and a version for each token.
+    """
+    (choice,) = answer["choices"]
+    tokens = tuple(int(token) for token in choice["token_ids"])
+    entries = choice["logprobs"]["content"]
+    if not tokens or [entry["token_id"] for entry in entries] != list(tokens):
+        raise ValueError(f"{len(tokens)} tokens do not match {len(entries)} log-probs")
+    logprobs = tuple(float(entry["logprob"]) for entry in entries)
+    if not all(math.isfinite(value) and value > _NO_LOGPROB for value in logprobs):
+        raise ValueError("a sampled token has no log-prob: the engine's weights may hold NaN")
+    return Rollout(
+        token_ids=tokens,
+        logprobs=logprobs,
+        weight_versions=token_versions(choice["weight_versions"], len(tokens)),
+        finish_reason=_finish_reason(choice["finish_reason"]),
+        seed=seed,
+    )
+
+
+def token_versions(spans: Sequence[dict[str, Any]], count: int) -> tuple[int, ...]:
+    """Spread spans of weight versions over ``count`` tokens.
+
+    Example:
+        >>> token_versions([{"version": "3", "start": 0, "end": 2}, {"version": "4", "start": 2, "end": 3}], 3)
+        (3, 3, 4)
+
+    Raises:
+        ValueError: the spans leave tokens out, overlap or carry a version that no sync has set.
+    """
+    versions: list[int] = []
+    for span in spans:
+        if span["start"] != len(versions):
+            raise ValueError(f"weight version spans do not join at token {len(versions)}")
+        versions += [int(span["version"])] * (span["end"] - span["start"])
+    if len(versions) != count:
+        raise ValueError(f"weight version spans cover {len(versions)} of {count} tokens")
+    return tuple(versions)
+
+
+def _finish_reason(reason: str) -> FinishReason:
+    if reason == "stop":
+        return "stop"
+    if reason == "length":
+        return "length"
+    raise ValueError(f"the request ended with {reason!r}, which is neither stop nor length")

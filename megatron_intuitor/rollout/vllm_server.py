@@ -1,0 +1,179 @@
+"""Starts one vLLM server of our own and makes sure that nothing of it outlives the trainer."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_intuitor.config import ModelConfig, RolloutConfig
+from megatron_intuitor.contracts import transfer_backend
+from megatron_intuitor.rollout.auth import KEY_VARIABLE
+
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_HOST = "127.0.0.1"
+_DTYPE = {"fp32": "float32", "bf16": "bfloat16"}
+_LOG_LINES = 25
+_STOP_S = 15.0
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")
+_LAUNCHER_PREFIXES = ("LOCAL_", "ROLE_", "TORCHELASTIC_", "PET_")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerPlan:
+    """What the servers of a pool have in common."""
+
+    config: RolloutConfig
+    model: ModelConfig
+    max_model_len: int
+    seed: int
+    log_dir: Path
+
+
+class VllmServer:
+    """A running server process: alive, log and end.
+
+    Args:
+        plan: how to start it.
+        index: which of the pool's servers it is; picks its devices.
+        attempt: 0 for the first start, counts restarts; each has its own log file.
+    """
+
+    def __init__(self, plan: ServerPlan, index: int, attempt: int) -> None:
+        self.key = secrets.token_urlsafe(32)
+        port = free_port()
+        self.url = f"http://{_HOST}:{port}"
+        suffix = f".restart-{attempt}" if attempt else ""
+        self.log_path = plan.log_dir / f"vllm-{index}{suffix}.log"
+        plan.log_dir.mkdir(parents=True, exist_ok=True)
+        environment = server_environment(plan, index, self.key)
+        self._process = supervise(server_command(plan, port), environment, self.log_path)
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is there; says nothing about its health."""
+        return self._process.poll() is None
+
+    @property
+    def process_group(self) -> int:
+        """The process group that holds the whole server."""
+        return self._process.pid
+
+    def last_words(self) -> str:
+        """The end of the log, for error messages."""
+        lines = self.log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
+        return f"last lines of {self.log_path}:\n" + "\n".join(lines)
+
+    def ask_to_stop(self) -> None:
+        """Ask the server to end; returns at once."""
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """End what is left of the server, now."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process_group, signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> None:
+        """End the server: politely first, and then for certain."""
+        self.ask_to_stop()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_S)
+        self.kill()
+
+
+def supervise(command: list[str], environment: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+    """Start ``command`` under the supervisor, which ends it when this process ends, however that happens.
+
+    The returned process is the supervisor: leader of a new session and process group with all that the command starts.
+    """
+    with log_path.open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-I", str(SUPERVISOR), "--parent", str(os.getpid()), "--", *command],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def server_command(plan: ServerPlan, port: int) -> list[str]:
+    """The command line of one server."""
+    config = plan.config
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(plan.model.path), "--dtype", _DTYPE[plan.model.precision]]
+    command += ["--host", _HOST, "--port", str(port)]
+    command += ["--middleware", "megatron_intuitor.rollout.auth.RequireKey"]
+    command += ["--enable-scale-out", "--disable-fastapi-docs", "--disable-uvicorn-access-log"]
+    command += ["--logprobs-mode", "processed_logprobs"]
+    command += ["--weight-transfer-config", json.dumps({"backend": transfer_backend(config.weight_transfer)})]
+    command += ["--max-model-len", str(plan.max_model_len), "--max-num-seqs", str(config.max_concurrent)]
+    command += ["--tensor-parallel-size", str(config.tensor_parallel), "--seed", str(plan.seed % 2**31)]
+    if config.eager:
+        command += ["--enforce-eager"]
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", str(config.memory_fraction)]
+    else:
+        command += ["--kv-cache-memory-bytes", str(int(config.kv_cache_gib * 1024**3))]
+        if config.tensor_parallel == 1:
+            # One process less to start, which halves the time until the server is up.
+            command += ["--distributed-executor-backend", "uni"]
+    return command
+
+
+def server_environment(plan: ServerPlan, index: int, key: str) -> dict[str, str]:
+    """The environment of one server: ours, without what torchrun says about our ranks."""
+    inherited = {name: value for name, value in os.environ.items() if not _is_launcher_variable(name)}
+    inherited |= {KEY_VARIABLE: key, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    devices = server_devices(plan.config, index)
+    if devices:
+        inherited["CUDA_VISIBLE_DEVICES"] = devices
+    if not torch.cuda.is_available():
+        # vLLM's own choice is to bind threads to cores that the trainer computes on.
+        inherited["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        # vLLM reads this one also as "may run its model in the engine process", which "uni" above needs.
+        inherited["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if plan.config.tensor_parallel == 1 else "1"
+        cores = (os.cpu_count() or 1) // (plan.config.servers * plan.config.tensor_parallel)
+        inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+    return inherited
+
+
+def server_devices(config: RolloutConfig, index: int) -> str:
+    """The part of ``rollout.devices`` that belongs to server ``index``; empty where none are given.
+
+    Raises:
+        ValueError: the devices are not one for each worker.
+    """
+    if not config.devices:
+        return ""
+    devices = [device.strip() for device in config.devices.split(",")]
+    size = config.tensor_parallel
+    if len(devices) != config.servers * size:
+        raise ValueError(
+            f"rollout.devices = {config.devices!r} names {len(devices)} devices; rollout.servers x "
+            f"rollout.tensor_parallel = {config.servers} x {size} need {config.servers * size}: name one for each"
+        )
+    return ",".join(devices[index * size : (index + 1) * size])
+
+
+def free_port() -> int:
+    """A TCP port of the loopback address that was free a moment ago."""
+    with socket.create_server((_HOST, 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def _is_launcher_variable(name: str) -> bool:
+    return name in _LAUNCHER_VARIABLES or name.startswith(_LAUNCHER_PREFIXES)

@@ -1,0 +1,175 @@
+"""Puts a run together: engines, policy, data, logs; and takes it apart again, whatever happens."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from megatron_intuitor.checkpoint import CheckpointStore, TrainerState, read_state, restore
+from megatron_intuitor.config import RunConfig, write_config
+from megatron_intuitor.contracts import Prompt
+from megatron_intuitor.data import PromptSampler, load_prompts, load_tokenizer
+from megatron_intuitor.evaluation import HeldOut
+from megatron_intuitor.models import read_hf_config
+from megatron_intuitor.observability import Observer
+from megatron_intuitor.platform import ProcessGroups, broadcast_object, initialize, shutdown
+from megatron_intuitor.rewards import build_rewards
+from megatron_intuitor.rollout import RolloutPool, build_pool
+from megatron_intuitor.trainer.loop import Trainer, trained
+from megatron_intuitor.trainer.policy import FrozenWeights, Policy
+from megatron_intuitor.trainer.rollouts import RolloutClient
+from megatron_intuitor.trainer.signals import StopSignal
+from megatron_intuitor.trainer.sync import PolicySync
+from megatron_intuitor.weight_sync import WeightPublisher
+
+log = logging.getLogger(__name__)
+
+
+def train(run: RunConfig) -> int:
+    """Train as ``run`` says; returns the exit code of this rank's process.
+
+    Started again with the same output folder it continues from the newest whole checkpoint.
+    """
+    with ExitStack() as stack:
+        stop = StopSignal()
+        stack.callback(stop.restore)
+        groups = initialize(run.parallel, seed=run.seed, timeout_s=run.train.collective_timeout_s)
+        stack.callback(shutdown)
+        trainer = build_trainer(run, groups, stop, stack)
+        return trainer.run()
+
+
+def build_trainer(run: RunConfig, groups: ProcessGroups, stop: StopSignal, stack: ExitStack) -> Trainer:
+    """Everything a run needs on this rank; what must be closed is pushed on ``stack``.
+
+    Engines start first and become ready while the policy is built.
+    """
+    store = CheckpointStore(run.output_dir / "checkpoints", run.checkpoint.keep)
+    newest = latest_checkpoint(store, groups)
+    state = read_state(newest) if newest else None
+    observer = open_observer(run, groups, state, stack)
+    tokenizer = load_tokenizer(run.model.path)
+    prompts = load_prompts(run.data, tokenizer)
+    sampler = build_sampler(run, prompts, state)
+    pool = start_pool(run, groups, stack)
+
+    policy = Policy(run, groups)
+    reference = FrozenWeights(policy) if needs_reference(run) else None
+    if newest is not None:
+        state = restore(newest, trained(policy), groups)
+        observer.note(f"continuing after step {state.step} from {newest}")
+    publisher = WeightPublisher(pool, timeout_s=run.rollout.sync_timeout_s, backend=run.rollout.weight_transfer)
+    stack.callback(publisher.close)
+    observer.header(facts(run, groups, policy, prompts))
+    if pool is not None:
+        pool.wait_ready()
+    state = state or TrainerState(step=0, weight_version=0, prompts=sampler.state())
+    sync = PolicySync(policy, publisher, state.weight_version)
+    client = RolloutClient(pool, tokenizer, groups, resync=sync.push, stop=stop, progress=observer.progress)
+    return Trainer(
+        run,
+        groups,
+        policy=policy,
+        reference=reference,
+        prompts=prompts,
+        sampler=sampler,
+        rewards=build_rewards(run.rewards),
+        sync=sync,
+        client=client,
+        held_out=build_held_out(run, tokenizer),
+        observer=observer,
+        store=store,
+        stop=stop,
+        state=state,
+    )
+
+
+def latest_checkpoint(store: CheckpointStore, groups: ProcessGroups) -> Path | None:
+    """The newest whole checkpoint as the driver sees it, so that all ranks continue from the same one."""
+    newest = store.latest() if groups.is_driver else None
+    found = broadcast_object(str(newest) if newest else "", groups)
+    return Path(found) if found else None
+
+
+def open_observer(run: RunConfig, groups: ProcessGroups, state: TrainerState | None, stack: ExitStack) -> Observer:
+    """Logs and trackers of this run; a resumed run goes on in the same files."""
+    if groups.is_driver:
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        write_config(run, run.output_dir / "config.yaml")
+    observer = Observer(
+        run,
+        run.output_dir,
+        is_driver=groups.is_driver,
+        rank=groups.rank,
+        resume_step=state.step if state else 0,
+        wandb_id=state.wandb_id if state else None,
+    )
+    return stack.enter_context(observer)
+
+
+def build_sampler(run: RunConfig, prompts: Sequence[Prompt], state: TrainerState | None) -> PromptSampler:
+    """The order of training prompts, at the start or where the checkpoint stood."""
+    settings = {
+        "count": len(prompts),
+        "prompts_per_step": run.rollout.prompts_per_step,
+        "seed": run.seed,
+        "shuffle": run.data.shuffle,
+    }
+    return PromptSampler.from_state(state.prompts, **settings) if state else PromptSampler(**settings)
+
+
+def start_pool(run: RunConfig, groups: ProcessGroups, stack: ExitStack) -> RolloutPool | None:
+    """The rollout engines, on the driver only; they start in the background."""
+    if not groups.is_driver:
+        return None
+    pool = build_pool(
+        run.rollout,
+        run.model,
+        max_model_len=run.data.max_prompt_tokens + run.rollout.sampling.max_tokens,
+        seed=run.seed,
+        log_dir=run.output_dir / "logs",
+    )
+    stack.callback(pool.close)
+    pool.start()
+    return pool
+
+
+def needs_reference(run: RunConfig) -> bool:
+    """Whether anything looks at the initial policy again."""
+    self_certainty = run.rewards.self_certainty
+    return run.algorithm.loss.kl_coefficient > 0 or self_certainty.annotator == "offline"
+
+
+def build_held_out(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOut | None:
+    """The held-out problems, or None where the config names no file."""
+    settings = run.evaluation
+    if settings.path is None:
+        return None
+    prompts = load_prompts(run.data, tokenizer, path=settings.path)
+    return HeldOut(
+        prompts=tuple(prompts[: settings.prompts]),
+        config=settings,
+        sampling=run.rollout.sampling,
+        answer_pattern=run.rewards.accuracy.answer_pattern,
+        seed=run.seed,
+    )
+
+
+def facts(run: RunConfig, groups: ProcessGroups, policy: Policy, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """What the run's header shows."""
+    rewards = run.rewards
+    hf_config: PretrainedConfig = read_hf_config(run.model.path)
+    return {
+        "model": f"{run.model.path} ({hf_config.model_type}, {policy.parameter_count():,} parameters, {run.model.precision})",
+        "layout": f"tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}"
+        + (", sequence parallel" if run.parallel.sequence else ""),
+        "rewards": f"self_certainty x {rewards.self_certainty.weight:g}, accuracy x {rewards.accuracy.weight:g}",
+        "batch": f"{run.rollout.prompts_per_step} prompts x {run.rollout.samples_per_prompt} samples, "
+        f"{len(prompts):,} prompts in the data",
+        "engine": f"{run.rollout.engine}: " + (", ".join(run.rollout.urls) or f"{run.rollout.servers} of its own"),
+        "output": str(run.output_dir),
+    }

@@ -1,0 +1,58 @@
+"""What one batch looks like in numbers: rewards, the policy's statistics, lengths, agreement with the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_intuitor.algorithms import group_spread
+from megatron_intuitor.contracts import Batch, Rollout, RolloutGroup
+from megatron_intuitor.trainer.score import BatchStatistics
+
+
+def reward_metrics(rewards: Mapping[str, Tensor], group_index: Sequence[int]) -> dict[str, float]:
+    """Mean of each source, its mean deviation inside groups and the share of groups without any."""
+    metrics = {}
+    for source, values in rewards.items():
+        known = values[~values.isnan()]
+        if not known.numel():
+            continue
+        spread = group_spread(values, group_index)
+        metrics[f"reward/{source}/mean"] = float(known.mean())
+        metrics[f"reward/{source}/std_in_group"] = spread.mean_std
+        metrics[f"reward/{source}/flat_groups"] = spread.flat_share
+    return metrics
+
+
+def statistics_metrics(batch: Batch, statistics: BatchStatistics) -> dict[str, float]:
+    """Means over response tokens, and how far the engine's log-probs are from the trainer's."""
+    difference = (statistics.log_prob - batch.rollout_log_prob).abs()
+    return {
+        "policy/self_certainty": float(statistics.self_certainty.mean()),
+        "policy/entropy": float(statistics.entropy.mean()),
+        "policy/log_prob": float(statistics.log_prob.mean()),
+        "rollout/log_prob_diff_mean": float(difference.mean()),
+        "rollout/log_prob_diff_max": float(difference.max()),
+    }
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Response lengths in tokens and the share of responses cut off by the limit."""
+    rollouts: list[Rollout] = [r for g in groups for r in g.rollouts]
+    lengths = torch.tensor([len(r.token_ids) for r in rollouts], dtype=torch.float64)
+    return {
+        "rollout/length": float(lengths.mean()),
+        "rollout/length_max": float(lengths.max()),
+        "rollout/truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }
+
+
+def speed_metrics(batch: Batch, step_seconds: float) -> dict[str, float]:
+    """Samples and tokens (prompt and response) of the batch over the step's wall time."""
+    return {
+        "time/step_s": step_seconds,
+        "perf/samples_per_s": len(batch) / step_seconds,
+        "perf/tokens_per_s": sum(batch.sequence_lengths) / step_seconds,
+    }

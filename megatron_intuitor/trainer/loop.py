@@ -1,0 +1,263 @@
+"""The training loop: roll out, score, reward, update, sync, look.
+
+``train`` is the entry; `Trainer.run` is the table of contents.  Every rank runs the same lines; what only the driver
+can do (ask engines, reward, write logs) is broadcast from there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from megatron_intuitor.algorithms import combine_advantages
+from megatron_intuitor.checkpoint import CheckpointStore, Trained, TrainerState, save
+from megatron_intuitor.config import RunConfig
+from megatron_intuitor.contracts import Batch, Prompt, Reward, RolloutGroup
+from megatron_intuitor.data import PromptSampler
+from megatron_intuitor.evaluation import HeldOut
+from megatron_intuitor.models import export_hf
+from megatron_intuitor.observability import Observer
+from megatron_intuitor.platform import ProcessGroups, broadcast_object
+from megatron_intuitor.trainer.batch_metrics import (
+    reward_metrics,
+    rollout_metrics,
+    speed_metrics,
+    statistics_metrics,
+)
+from megatron_intuitor.trainer.policy import FrozenWeights, Policy
+from megatron_intuitor.trainer.proof import SyncProof
+from megatron_intuitor.trainer.rollouts import RolloutClient, group_rollouts, training_requests
+from megatron_intuitor.trainer.sample_rows import sample_rows
+from megatron_intuitor.trainer.micro_batches import PassSettings
+from megatron_intuitor.trainer.score import BatchStatistics, score
+from megatron_intuitor.trainer.signals import StopRequested, StopSignal
+from megatron_intuitor.trainer.sync import PolicySync
+from megatron_intuitor.trainer.update import Updater
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One rank of a run.  Built by ``assembly.build_trainer``."""
+
+    def __init__(
+        self,
+        run: RunConfig,
+        groups: ProcessGroups,
+        *,
+        policy: Policy,
+        reference: FrozenWeights | None,
+        prompts: Sequence[Prompt],
+        sampler: PromptSampler,
+        rewards: Sequence[Reward],
+        sync: PolicySync,
+        client: RolloutClient,
+        held_out: HeldOut | None,
+        observer: Observer,
+        store: CheckpointStore,
+        stop: StopSignal,
+        state: TrainerState,
+    ) -> None:
+        self.run_config = run
+        self.groups = groups
+        self.policy = policy
+        self.reference = reference
+        self.prompts = prompts
+        self.sampler = sampler
+        self.rewards = rewards
+        self.sync = sync
+        self.client = client
+        self.held_out = held_out
+        self.observer = observer
+        self.store = store
+        self.stop = stop
+        self.state = state
+        self.last_evaluation: tuple[int, dict[str, float]] | None = None
+        self.settings = PassSettings(
+            temperature=run.rollout.sampling.temperature,
+            micro_batch_tokens=run.train.micro_batch_tokens,
+            chunk_bytes=run.train.logit_chunk_mib << 20,
+        )
+        self.updater = Updater(policy, run.algorithm, self.settings, run.rollout.sampling.max_tokens, run.train.max_bad_steps)
+        self.updater.bad_steps = state.bad_steps
+        self.proof = SyncProof.of(run, prompts, groups.data_size)
+        self.saved_step = state.step
+        self.check_statistics = True
+
+    def run(self) -> int:
+        """Train to the last step, or to a polite stop; returns the exit code of the process."""
+        try:
+            self.begin()
+            while self.step < self.run_config.train.steps:
+                if self.stop.agreed(self.groups):
+                    raise StopRequested
+                self.train_step()
+                if self.step % self.run_config.checkpoint.every == 0:
+                    self.save()
+        except StopRequested:
+            return self.leave_early()
+        self.save()
+        self.finish()
+        return 0
+
+    @property
+    def step(self) -> int:
+        """Number of whole steps that are done."""
+        return self.state.step
+
+    def begin(self) -> None:
+        """Prove the conversion and the sync, then measure the untrained policy."""
+        if self.step == 0:
+            # The engines still hold what they read from the folder themselves: this compares two readings of it.
+            self.proof.check(self.client, self.policy, self.settings, "before the first weight sync")
+        self.sync.push()
+        self.proof.check(self.client, self.policy, self.settings, "after the first weight sync")
+        if self.step == 0 and self.held_out is not None:
+            before = self.evaluate()
+            self.state = replace(self.state, before=before)
+            self.observer.evaluation(0, before, self.sync.version)
+
+    def train_step(self) -> None:
+        """One step, from prompts to synced weights, and everything it says about itself."""
+        step, started = self.step + 1, time.perf_counter()
+        spans = self.observer.spans
+        with spans("rollout"):
+            groups = self.roll_out(step)
+        batch = Batch.from_groups(groups)
+        with spans("score"):
+            statistics, annotation = self.score(batch)
+        with spans("reward"):
+            rewards = self.reward(groups, batch, annotation)
+            batch.advantage = combine_advantages(
+                rewards, batch.group_index, self.run_config.rewards, self.run_config.algorithm.advantage
+            )
+        with spans("update"):
+            report = self.updater.update(batch)
+        with spans("sync"):
+            sync_metrics = self.sync.push_next()
+        self.state = replace(
+            self.state,
+            step=step,
+            weight_version=self.sync.version,
+            prompts=self.sampler.state(),
+            bad_steps=self.updater.bad_steps,
+            wandb_id=self.observer.wandb_id,
+        )
+        metrics = {
+            **reward_metrics(rewards, batch.group_index),
+            **statistics_metrics(batch, statistics),
+            **rollout_metrics(groups),
+            **report.metrics,
+            "policy/skipped_updates": float(report.skipped),
+            "data/epoch": float(self.sampler.epoch),
+            **sync_metrics,
+            **speed_metrics(batch, time.perf_counter() - started),
+        }
+        self.look(metrics)
+        self.observer.samples(step, self.sync.version, sample_rows(groups, batch, statistics, rewards))
+
+    def roll_out(self, step: int) -> list[RolloutGroup]:
+        """Sample the responses of the next prompts."""
+        settings = self.run_config.rollout
+        prompts = [self.prompts[i] for i in self.sampler.take()]
+        requests = training_requests(
+            prompts, settings.samples_per_prompt, settings.sampling, seed=self.run_config.seed, step=step
+        )
+        rollouts = self.client.generate(
+            requests, what=f"step {step}: sampling", weight_version=self.sync.version, interruptible=True
+        )
+        return group_rollouts(prompts, rollouts)
+
+    def score(self, batch: Batch) -> tuple[BatchStatistics, BatchStatistics]:
+        """Fill in old and reference log-probs; returns the policy's statistics and those that self-certainty rewards."""
+        statistics = score(self.policy, batch, self.settings, check=self.check_statistics)
+        self.check_statistics = False
+        batch.old_log_prob = statistics.log_prob
+        annotation = statistics
+        if self.reference is not None:
+            with self.reference as frozen:
+                reference = score(frozen, batch, self.settings)
+            if self.run_config.algorithm.loss.kl_coefficient > 0:
+                batch.reference_log_prob = reference.log_prob
+            if self.run_config.rewards.self_certainty.annotator == "offline":
+                annotation = reference
+        return statistics, annotation
+
+    def reward(self, groups: Sequence[RolloutGroup], batch: Batch, annotation: BatchStatistics) -> dict[str, Tensor]:
+        """Every source's reward of every sample, computed on the driver (verifiers may time out differently)."""
+        values: dict[str, Tensor] | None = None
+        if self.groups.is_driver:
+            per_response = annotation.per_response(batch)
+            values = {reward.name: reward(groups, per_response) for reward in self.rewards}
+        values = broadcast_object(values, self.groups)
+        assert values is not None
+        return values
+
+    def look(self, metrics: dict[str, float]) -> None:
+        """Probe and evaluate where it is time, then report the step."""
+        step, run = self.step, self.run_config
+        last = step == run.train.steps
+        if step % run.rollout.probe.every == 0 or last:
+            metrics["sync/probe_diff"] = self.proof.check(self.client, self.policy, self.settings, f"after step {step}")
+        if self.held_out is not None and (step % run.evaluation.every == 0 or last):
+            with self.observer.spans("evaluation"):
+                metrics |= self.evaluate()
+        metrics |= self.observer.spans.collect()
+        self.observer.step(step, run.train.steps, metrics, self.sync.version)
+
+    def evaluate(self) -> dict[str, float]:
+        """Ask the held-out problems; metrics are the same on every rank."""
+        assert self.held_out is not None
+        rollouts = self.client.generate(
+            self.held_out.requests(), what=f"evaluation at step {self.step}", weight_version=self.sync.version
+        )
+        metrics = broadcast_object(self.held_out.metrics(rollouts) if self.groups.is_driver else None, self.groups)
+        assert metrics is not None
+        _, sampled = self.held_out.split(rollouts)
+        batch = Batch.from_groups(group_rollouts(self.held_out.prompts, sampled))
+        if len(batch) >= self.groups.data_size:
+            statistics = score(self.policy, batch, self.settings)
+            metrics["eval/held_out/self_certainty"] = float(statistics.self_certainty.mean())
+            metrics["eval/held_out/entropy"] = float(statistics.entropy.mean())
+        self.last_evaluation = (self.step, metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one."""
+        if self.saved_step == self.step:
+            return
+        with self.observer.spans("checkpoint"):
+            save(self.store, self.state, trained(self.policy), self.groups)
+        self.saved_step = self.step
+        self.observer.note(f"checkpoint of step {self.step} is in {self.store.path(self.step)}")
+
+    def leave_early(self) -> int:
+        """Save what there is and go; starting the same command again continues."""
+        self.save()
+        self.observer.note(f"stopped on request after step {self.step}; the same command continues from there")
+        return 0
+
+    def finish(self) -> None:
+        """Export the policy, then write the summary and the report."""
+        run = self.run_config
+        facts: dict[str, object] = {"steps": self.step, "weight_version": self.sync.version}
+        facts["checkpoint"] = str(self.store.path(self.step))
+        if run.checkpoint.export:
+            folder = run.output_dir / "hf"
+            export_hf(self.policy.model, run.model.path, folder)
+            facts["hf"] = str(folder)
+        after: dict[str, float] = {}
+        if self.held_out is not None:
+            step, after = self.last_evaluation or (-1, {})
+            if step != self.step:  # a finished run was started again
+                after = self.evaluate()
+        self.observer.finish(self.state.before, after, facts)
+
+
+def trained(policy: Policy) -> Trained:
+    """What a checkpoint takes from the policy."""
+    return Trained(model=policy.model, optimizer=policy.optimizer, scheduler=policy.scheduler)

@@ -1,0 +1,75 @@
+"""The proof that every rollout engine holds the trainer's weights: the same tokens get the same log-probs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_intuitor.config import RunConfig
+from megatron_intuitor.contracts import Batch, GenerateRequest, Prompt, Rollout, RolloutGroup, SamplingParams
+from megatron_intuitor.data import sample_seed
+from megatron_intuitor.trainer.policy import Policy
+from megatron_intuitor.trainer.rollouts import RolloutClient
+from megatron_intuitor.trainer.micro_batches import PassSettings
+from megatron_intuitor.trainer.score import score
+
+_PROMPTS = 4
+_MAX_TOKENS = 16
+_DEFAULT_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+
+
+class WeightsDiffer(RuntimeError):  # noqa: N818 - it names what was found
+    """An engine's log-probs are not the trainer's."""
+
+
+@dataclass(frozen=True, slots=True)
+class SyncProof:
+    """Asks every engine for short samples and compares its log-probs with the trainer's."""
+
+    prompts: tuple[Prompt, ...]
+    sampling: SamplingParams
+    tolerance: float
+    seed: int
+
+    @classmethod
+    def of(cls, run: RunConfig, prompts: Sequence[Prompt], data_parallel_size: int) -> SyncProof:
+        """The probe of a run: a few training prompts, at least one sample a data-parallel rank."""
+        count = max(_PROMPTS, data_parallel_size)
+        s = run.rollout.sampling
+        return cls(
+            prompts=tuple(prompts[i % len(prompts)] for i in range(count)),
+            sampling=SamplingParams(s.temperature, s.top_p, s.top_k, min(_MAX_TOKENS, s.max_tokens)),
+            tolerance=run.rollout.probe.tolerance or _DEFAULT_TOLERANCE[run.model.precision],
+            seed=run.seed,
+        )
+
+    def requests(self) -> list[GenerateRequest]:
+        """One short sample a probe prompt."""
+        return [
+            GenerateRequest(p.token_ids, self.sampling, sample_seed(self.seed, -2, p.id, i))
+            for i, p in enumerate(self.prompts)
+        ]
+
+    def check(self, client: RolloutClient, policy: Policy, settings: PassSettings, when: str) -> float:
+        """Largest mean |log-prob difference| of any engine, in nats; a collective.
+
+        Raises:
+            WeightsDiffer: an engine is beyond the tolerance; the message names it and the difference.
+        """
+        worst = 0.0
+        for engine, rollouts in client.probe(self.requests()).items():
+            difference = self._difference(rollouts, policy, settings)
+            if not difference <= self.tolerance:  # also catches NaN
+                raise WeightsDiffer(
+                    f"{when}: log-probs of {engine} differ from the trainer's by {difference:.3g} nats on average, "
+                    f"rollout.probe.tolerance allows {self.tolerance:.3g}. The engine does not hold the trainer's weights, "
+                    "or runs them in another precision; nothing was trained on its samples."
+                )
+            worst = max(worst, difference)
+        return worst
+
+    def _difference(self, rollouts: Sequence[Rollout], policy: Policy, settings: PassSettings) -> float:
+        groups = [RolloutGroup(p, (r,)) for p, r in zip(self.prompts, rollouts, strict=True)]
+        batch = Batch.from_groups(groups)
+        statistics = score(policy, batch, settings)
+        return float((statistics.log_prob - batch.rollout_log_prob).abs().mean())

@@ -1,0 +1,152 @@
+"""Responses from the rollout engines for every rank: the driver asks, all ranks get the answers.
+
+Engines that came back from the dead hold old weights, so asking may have to stop for a weight sync, in which all ranks
+take part.  That is why asking is a collective.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_intuitor.config import SamplingConfig
+from megatron_intuitor.contracts import EngineFailure, GenerateRequest, Prompt, Rollout, RolloutGroup, SamplingParams
+from megatron_intuitor.data import sample_seed
+from megatron_intuitor.platform import ProcessGroups, broadcast_object
+from megatron_intuitor.rollout import EnginesStale, RolloutPool
+from megatron_intuitor.trainer.signals import StopRequested, StopSignal
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""Opens a progress bar: ``with progress("sampling", 128) as advance: advance(1)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What the driver tells the other ranks after asking the engines."""
+
+    kind: Literal["rollouts", "sync", "stop", "failed"]
+    rollouts: list[Rollout] | None = None
+    message: str = ""
+
+
+class RolloutClient:
+    """Asks the engines on behalf of all ranks."""
+
+    def __init__(
+        self,
+        pool: RolloutPool | None,
+        tokenizer: PreTrainedTokenizerBase,
+        groups: ProcessGroups,
+        *,
+        resync: Callable[[], None],
+        stop: StopSignal,
+        progress: Progress,
+    ) -> None:
+        self._pool = pool
+        self._tokenizer = tokenizer
+        self._groups = groups
+        self._resync = resync
+        self._stop = stop
+        self._progress = progress
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], *, what: str, weight_version: int, interruptible: bool = False
+    ) -> list[Rollout]:
+        """One rollout a request, with text, on every rank; a collective.
+
+        Raises:
+            StopRequested: on every rank, where ``interruptible`` and the driver was asked to stop.
+            EngineFailure: on every rank, where no engine could be brought back.
+            RuntimeError: an engine answered with other weights than ``weight_version``.
+        """
+        finished: dict[int, Rollout] = {}
+        while True:
+            answer = self._ask(requests, finished, what, interruptible) if self._pool is not None else None
+            answer = broadcast_object(answer, self._groups)
+            assert answer is not None
+            match answer.kind:
+                case "rollouts":
+                    assert answer.rollouts is not None
+                    _require_version(answer.rollouts, weight_version)
+                    return answer.rollouts
+                case "sync":
+                    self._resync()
+                case "stop":
+                    raise StopRequested
+                case "failed":
+                    raise EngineFailure(answer.message)
+
+    def _ask(
+        self, requests: Sequence[GenerateRequest], finished: dict[int, Rollout], what: str, interruptible: bool
+    ) -> _Answer:
+        assert self._pool is not None
+        try:
+            with self._progress(what, len(requests)) as advance:
+
+                def on_progress(count: int) -> None:
+                    if interruptible:
+                        self._stop.raise_if_requested()
+                    advance(count)
+
+                on_progress(len(finished))
+                rollouts = self._pool.generate(requests, finished, on_progress)
+        except EnginesStale as stale:
+            log.warning("%s", stale)
+            finished.update(stale.finished)
+            return _Answer("sync")
+        except StopRequested:
+            return _Answer("stop")
+        except EngineFailure as failure:
+            return _Answer("failed", message=str(failure))
+        return _Answer("rollouts", rollouts=[self._with_text(r) for r in rollouts])
+
+    def _with_text(self, rollout: Rollout) -> Rollout:
+        return replace(rollout, text=self._tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
+
+    def probe(self, requests: Sequence[GenerateRequest]) -> dict[str, list[Rollout]]:
+        """What every engine by itself answers to ``requests``, on every rank; a collective."""
+        answers: Any = None
+        if self._pool is not None:
+            try:
+                answers = self._pool.probe(requests)
+            except EngineFailure as failure:
+                answers = str(failure)
+        answers = broadcast_object(answers, self._groups)
+        if isinstance(answers, str):
+            raise EngineFailure(answers)
+        return answers
+
+
+def training_requests(
+    prompts: Sequence[Prompt], samples: int, sampling: SamplingConfig, *, seed: int, step: int
+) -> list[GenerateRequest]:
+    """``samples`` requests a prompt, prompt after prompt; seeds depend on run seed, step, prompt and sample alone."""
+    how = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens)
+    return [
+        GenerateRequest(prompt.token_ids, how, sample_seed(seed, step, f"{slot}/{prompt.id}", k))
+        for slot, prompt in enumerate(prompts)
+        for k in range(samples)
+    ]
+
+
+def group_rollouts(prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[RolloutGroup]:
+    """Put the answers to `training_requests` (or any equal number a prompt) back with their prompts."""
+    size, rest = divmod(len(rollouts), len(prompts))
+    assert rest == 0
+    return [RolloutGroup(p, tuple(rollouts[i * size : (i + 1) * size])) for i, p in enumerate(prompts)]
+
+
+def _require_version(rollouts: Sequence[Rollout], weight_version: int) -> None:
+    seen = {version for rollout in rollouts for version in rollout.weight_versions}
+    if seen - {weight_version}:
+        raise RuntimeError(
+            f"rollout engines answered with weight versions {sorted(seen)} where the trainer is at {weight_version}; "
+            "another run may be updating the same servers: give each run its own rollout.urls."
+        )

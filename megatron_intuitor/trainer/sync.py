@@ -1,0 +1,26 @@
+"""Keeps the rollout engines' weights and their version in step with the policy."""
+
+from __future__ import annotations
+
+from megatron_intuitor.models import PolicyWeights
+from megatron_intuitor.trainer.policy import Policy
+from megatron_intuitor.weight_sync import WeightPublisher
+
+
+class PolicySync:
+    """Sends the policy to every engine; ``version`` counts how often it changed."""
+
+    def __init__(self, policy: Policy, publisher: WeightPublisher, version: int) -> None:
+        self._policy = policy
+        self._publisher = publisher
+        self.version = version
+
+    def push(self) -> dict[str, float]:
+        """Bring the present weights to every engine under the present version; a collective."""
+        report = self._publisher.publish(PolicyWeights(self._policy.model), self.version)
+        return {"sync/seconds": report.seconds, "sync/bytes": float(report.bytes)}
+
+    def push_next(self) -> dict[str, float]:
+        """The weights have changed: count one up and push; a collective."""
+        self.version += 1
+        return self.push()

@@ -1,0 +1,134 @@
+"""Weight updates of vLLM servers, over gloo or NCCL: connect once, send many times, say who did not make it.
+
+Both backends are vLLM's weight-transfer API: trainer engines made by ``WeightTransferTrainerFactory``, driving the
+servers' weight-update routes.  gloo has an own engine on either side; NCCL has vLLM's.
+
+With NCCL all servers share one group.  A server that fails in the middle of a broadcast takes the others with it,
+because NCCL has no way to go on without a member; they are reported as not alive, and those that the run owns are
+restarted.
+"""
+
+from __future__ import annotations
+
+import socket
+
+import torch
+from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+from megatron_intuitor.contracts import ServerReceiver, TransferBackend
+from megatron_intuitor.weight_sync.background import in_background
+from megatron_intuitor.weight_sync.gloo_sender import GlooTrainerInit, GlooWeightSender, address_facing
+from megatron_intuitor.weight_sync.server_control import Fleet, ServerControl, TransferError
+from megatron_intuitor.weight_sync.source import StreamSource
+from megatron_intuitor.weight_sync.stream import CheckedStream
+
+WeightTransferTrainerFactory.register_engine("gloo", GlooWeightSender)
+
+
+class ServerTransfer:
+    """A connection to a set of servers; another set needs another connection."""
+
+    def __init__(
+        self, receivers: list[ServerReceiver], backend: TransferBackend, timeout_s: int, bucket_bytes: int
+    ) -> None:
+        self._fleet = Fleet(receivers)
+        self._backend = backend
+        self._timeout_s = timeout_s
+        self._bucket_bytes = bucket_bytes
+        self._engine: TrainerWeightTransferEngine | None = None
+
+    def send(self, stream: CheckedStream, version: int) -> dict[str, TransferError]:
+        """Send one pass over ``stream`` as weights ``version``.
+
+        Returns the servers that do not hold the new weights, by name.  They may hold a mix and are left paused.
+
+        Raises:
+            NonFiniteWeights: and the like; whatever the stream itself raises.  `spoilt` then says who was hit.
+        """
+        fleet = self._fleet
+        fleet.begin(version, self._timeout_s)
+        source = StreamSource(stream)
+        fleet.each(ServerControl.pause)
+        try:
+            self._connect(source)
+            self._send()
+        except TransferError as error:
+            self._fail_all(error)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        fleet.each(ServerControl.resume)
+        return dict(fleet.failures)
+
+    @property
+    def spoilt(self) -> dict[str, TransferError]:
+        """The servers that failed so far; this connection does not reach them any more."""
+        return dict(self._fleet.failures)
+
+    def _connect(self, source: StreamSource) -> None:
+        if self._engine is not None:
+            self._engine.source = source
+            return
+        receivers = [control.receiver for control in self._fleet.controls]
+        info: GlooTrainerInit | NCCLTrainerInitInfo
+        if self._backend == "gloo":
+            info = GlooTrainerInit(rank=0, timeout_s=self._timeout_s, bucket_bytes=self._bucket_bytes)
+        else:
+            info = nccl_info(receivers)
+        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._fleet, source=source)
+
+    def _send(self) -> None:
+        assert self._engine is not None
+        if self._backend == "gloo":
+            self._engine.send_weights()
+            return
+        # A peer that died leaves NCCL waiting for ever, so somebody has to look at the clock.
+        engine, device = self._engine, torch.cuda.current_device()
+
+        def send() -> None:
+            torch.cuda.set_device(device)
+            engine.send_weights()
+
+        try:
+            in_background(send, "nccl-send").result(self._timeout_s)
+        except TimeoutError:
+            names = ", ".join(control.name for control in self._fleet.open)
+            silent = f"no end of the NCCL broadcast within {self._timeout_s} s (rollout.sync_timeout_s)"
+            raise TransferError(names, silent, alive=False) from None
+
+    def _fail_all(self, error: TransferError) -> None:
+        """The group is gone: nobody in it can be reached over it any more."""
+        for control in self._fleet.open:
+            self._fleet.fail(TransferError(control.name, f"lost with its group: {error}", alive=False))
+
+    def _give_up(self, error: BaseException) -> None:
+        """The stream itself failed; leave the servers in a state from which the next update can start."""
+        fleet = self._fleet
+        if not fleet.touched:
+            fleet.each(ServerControl.resume)
+        elif self._backend == "gloo":
+            fleet.each(ServerControl.abort_update)
+            for control in fleet.open:
+                fleet.fail(TransferError(control.name, f"the update was given up: {error}", alive=True))
+        else:
+            self._fail_all(TransferError("trainer", f"the update was given up: {error}", alive=False))
+
+    def close(self) -> None:
+        """Disconnect; servers that are still there leave their groups."""
+        self._fleet.begin(self._fleet.version, min(self._timeout_s, 10))
+        if self._engine is not None:
+            self._fleet.each(ServerControl.shutdown_transfer)
+            self._engine.shutdown()
+            self._engine = None
+
+
+def nccl_info(receivers: list[ServerReceiver]) -> NCCLTrainerInitInfo:
+    """One NCCL group for the trainer (rank 0) and all workers, met at an address that every server can reach."""
+    addresses = {address_facing(receiver.url) for receiver in receivers}
+    reachable = sorted(addresses - {"127.0.0.1"}) or ["127.0.0.1"]
+    with socket.create_server((reachable[0], 0)) as listener:
+        port = listener.getsockname()[1]
+    workers = sum(receiver.workers for receiver in receivers)
+    return NCCLTrainerInitInfo(rank=0, master_address=reachable[0], master_port=port, world_size=1 + workers)

@@ -1,0 +1,141 @@
+"""Hugging Face -> policy -> Hugging Face at every layout: the stream, the export, and who gets what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_intuitor.config.schema import ModelConfig, ParallelConfig
+from megatron_intuitor.models import PolicyModel, PolicyWeights, build_policy_model, export_hf, load_hf_weights
+from megatron_intuitor.platform import ProcessGroups, broadcast_object, initialize
+from tests.distributed.launch import Case, Outcomes, launch
+from tests.distributed.models.tiny_checkpoints import write_checkpoint
+
+LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2), "tp2-pp2": (2, 2)}
+FOLDERS = {
+    "qwen2-bf16": ("qwen2", False, torch.bfloat16),
+    "qwen2-tied-fp32": ("qwen2", True, torch.float32),
+    "qwen3-fp16": ("qwen3", False, torch.float16),
+    "qwen3-tied-bf16": ("qwen3", True, torch.bfloat16),
+}
+TOKENIZER_FILES = {"tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "notes.txt": "not copied"}
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def build(folder: Path, tensor: int, pipeline: int, precision: str = "fp32") -> tuple[PolicyModel, ProcessGroups]:
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    groups = initialize(parallel, seed=5, timeout_s=60)
+    model = ModelConfig(path=folder, precision=precision, layers="local")
+    return build_policy_model(model, parallel, groups), groups
+
+
+def check_round_trip(folder: Path, tensor: int, pipeline: int) -> None:
+    """Export untouched weights in several files; every bit and every companion file is there."""
+    model, groups = build(folder, tensor, pipeline)
+    target = folder.parent / f"{folder.name}-exported-{tensor}-{pipeline}"
+    export_hf(model, folder, target, max_file_bytes=20_000)
+    broadcast_object(None, groups)  # the driver is done writing
+    before, after = tensors_of(folder), tensors_of(target)
+    assert before.keys() == after.keys()
+    for name, tensor_before in before.items():
+        assert tensor_before.dtype == after[name].dtype
+        assert torch.equal(tensor_before, after[name]), name
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in before.values())
+    assert (target / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    assert (target / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert not (target / "notes.txt").exists()
+    assert not list(target.parent.glob(f".{target.name}*")), "temporary folders are left over"
+    transformers.AutoModelForCausalLM.from_pretrained(target)
+
+
+def check_stream(folder: Path, tensor: int, pipeline: int) -> None:
+    """Metadata tells the truth, only the driver gets tensors, and they are the checkpoint's, also after a change."""
+    model, groups = build(folder, tensor, pipeline)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    expected = tensors_of(folder)
+    for wanted in (None, torch.bfloat16):
+        weights = PolicyWeights(model, dtype=wanted)
+        metadata = weights.metadata()
+        names = []
+        for meta, (name, value) in zip(metadata, weights, strict=True):
+            names.append(name)
+            assert meta.name == name
+            if not groups.is_driver:
+                assert value is None
+                continue
+            assert value is not None
+            assert (value.dtype, tuple(value.shape)) == (meta.dtype, meta.shape)
+            assert meta.dtype == (wanted or torch.float32)
+            assert torch.equal(value, (expected[name].float() * 2).to(meta.dtype)), name
+        assert sorted(names) == sorted(expected)
+        assert names[0] == "model.embed_tokens.weight"
+        assert names[-1] == ("model.norm.weight" if model.tied else "lm_head.weight")
+
+
+def check_reload(folder: Path, tensor: int, pipeline: int) -> None:
+    """Loading again undoes whatever happened to the weights, vocabulary padding included."""
+    model, _ = build(folder, tensor, pipeline)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    load_hf_weights(model, folder)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
+def check_refusals(folder: Path) -> None:
+    """Every rank refuses to overwrite the source, or a folder that is no model."""
+    model, groups = build(folder, 2, 2)
+    with pytest.raises(ValueError, match="came from"):
+        export_hf(model, folder, folder)
+    other = folder.parent / "precious"
+    if groups.is_driver:
+        other.mkdir(exist_ok=True)
+        (other / "thesis.txt").write_text("years of work")
+    broadcast_object(None, groups)
+    with pytest.raises(ValueError, match="holds no model"):
+        export_hf(model, folder, other)
+    assert (other / "thesis.txt").read_text() == "years of work"
+    export_hf(model, folder, folder.parent / "twice")
+    export_hf(model, folder, folder.parent / "twice")
+    broadcast_object(None, groups)
+    assert tensors_of(folder.parent / "twice").keys() == tensors_of(folder).keys()
+    assert broadcast_object(groups.rank, groups) == 0
+
+
+def case_table(root: Path) -> list[Case]:
+    cases = []
+    for name, layout in LAYOUTS.items():
+        cases += [Case(f"round-trip-{f}-{name}", check_round_trip, (root / f, *layout)) for f in FOLDERS]
+        cases += [Case(f"stream-{f}-{name}", check_stream, (root / f, *layout)) for f in FOLDERS]
+        cases.append(Case(f"reload-{name}", check_reload, (root / "qwen2-tied-fp32", *layout)))
+    cases.append(Case("refusals", check_refusals, (root / "qwen3-fp16",)))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    root = tmp_path_factory.mktemp("checkpoints")
+    for seed, (name, (family, tied, dtype)) in enumerate(FOLDERS.items()):
+        write_checkpoint(root / name, family, tied=tied, seed=seed, dtype=dtype)
+        for file, text in TOKENIZER_FILES.items():
+            (root / name / file).write_text(text)
+    return launch(4, case_table(root))
+
+
+@pytest.mark.parametrize("name", [case.name for case in case_table(Path())])
+def test_weights_travel_unchanged(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)

@@ -1,0 +1,139 @@
+"""Tiny random Hugging Face checkpoints, and what transformers computes from them in float64."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+SIZES = {
+    "qwen2": {"num_hidden_layers": 3},  # an odd number: with two stages the last one gets fewer
+    "qwen3": {"num_hidden_layers": 4, "head_dim": 24},  # not hidden / heads
+}
+COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # one a rank at tensor parallel size 2
+    "vocab_size": 101,  # prime
+    "max_position_embeddings": 512,
+}
+CLASSES = {
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def write_checkpoint(
+    folder: Path, family: str, *, tied: bool, seed: int, dtype: torch.dtype = torch.float32, **sizes: object
+) -> Path:
+    """Write a random model whose norms and biases are not trivial."""
+    torch.manual_seed(seed)
+    config_class, model_class = CLASSES[family]
+    config = config_class(**{**COMMON, **SIZES[family], "tie_word_embeddings": tied, **sizes})
+    model = model_class(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and "norm" not in name:
+                parameter.normal_(0, 0.2)
+            else:
+                parameter.add_(torch.randn_like(parameter) * (0.3 if "norm" in name else 0.08))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@functools.lru_cache(maxsize=8)
+def reference_model(folder: Path, dtype: torch.dtype = torch.float64) -> torch.nn.Module:
+    """The checkpoint as transformers loads it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def micro_batches(vocab: int, seed: int, count: int) -> list[list[list[int]]]:
+    """`count` micro batches of sequences of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [[3, 17, 9, 40, 1], [26, 2], [33], [5, 5, 5, 5]]
+    return [
+        [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths[i % len(lengths)]]
+        for i in range(count)
+    ]
+
+
+def token_weights(batch: list[list[int]]) -> Tensor:
+    """Fixed uneven weights of the loss, one a token of the row, the last token of a sequence has none."""
+    generator = torch.Generator().manual_seed(len(batch))
+    weights = torch.rand(sum(len(s) for s in batch), generator=generator, dtype=torch.float64)
+    ends = torch.tensor([len(s) for s in batch]).cumsum(0) - 1
+    weights[ends] = 0
+    return weights
+
+
+def targets(batch: list[list[int]]) -> Tensor:
+    """The next token of each token; 0 at the end of a sequence, where the weight is 0."""
+    return torch.tensor([t for s in batch for t in [*s[1:], 0]])
+
+
+def loss_of(logits: Tensor, batch: list[list[int]]) -> Tensor:
+    """Weighted negative log-likelihood of the next tokens from ``[tokens, vocabulary]``."""
+    log_prob = logits.log_softmax(-1).gather(1, targets(batch)[:, None])[:, 0]
+    return -(log_prob * token_weights(batch).to(log_prob.dtype)).sum() / len(log_prob)
+
+
+def reference_logits(model: torch.nn.Module, batch: list[list[int]]) -> Tensor:
+    """Logits of every token, each sequence run alone: ``[tokens, vocabulary]``."""
+    return torch.cat([model(torch.tensor([s])).logits[0] for s in batch])
+
+
+def reference_gradients(model: torch.nn.Module, batches: list[list[list[int]]]) -> dict[str, Tensor]:
+    """Gradients of the mean loss over micro batches, by Hugging Face name."""
+    model.zero_grad()
+    for batch in batches:
+        (loss_of(reference_logits(model, batch), batch) / len(batches)).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def megatron_layout(hf: dict[str, Tensor], config: transformers.PreTrainedConfig) -> dict[str, Tensor]:
+    """Hugging Face tensors under megatron's names, unsharded and unpadded; written without the package's table."""
+    kv, heads = config.num_key_value_heads, config.num_attention_heads
+    full = {
+        "embedding.word_embeddings.weight": hf["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": hf["model.norm.weight"],
+        "output_layer.weight": hf.get("lm_head.weight", hf["model.embed_tokens.weight"]),
+    }
+    for i in range(config.num_hidden_layers):
+        here, there = f"model.layers.{i}.", f"decoder.layers.{i}."
+        for kind in ("weight", "bias"):
+            if f"{here}self_attn.q_proj.{kind}" in hf:
+                q, k, v = (hf[f"{here}self_attn.{x}_proj.{kind}"] for x in "qkv")
+                rows = []
+                for group in range(kv):
+                    rows += [q.chunk(kv)[group], k.chunk(kv)[group], v.chunk(kv)[group]]
+                full[f"{there}self_attention.linear_qkv.{kind}"] = torch.cat(rows)
+        full[f"{there}self_attention.linear_proj.weight"] = hf[f"{here}self_attn.o_proj.weight"]
+        gate_up = [hf[f"{here}mlp.gate_proj.weight"], hf[f"{here}mlp.up_proj.weight"]]
+        full[f"{there}mlp.linear_fc1.weight"] = torch.stack(gate_up)
+        full[f"{there}mlp.linear_fc2.weight"] = hf[f"{here}mlp.down_proj.weight"]
+        full[f"{there}input_layernorm.weight"] = hf[f"{here}input_layernorm.weight"]
+        full[f"{there}pre_mlp_layernorm.weight"] = hf[f"{here}post_attention_layernorm.weight"]
+        for x in "qk":
+            if f"{here}self_attn.{x}_norm.weight" in hf:
+                full[f"{there}self_attention.{x}_layernorm.weight"] = hf[f"{here}self_attn.{x}_norm.weight"]
+    assert heads % kv == 0
+    return full
+
+
+def shard_of(name: str, full: Tensor, rank: int, size: int, like: Tensor) -> Tensor:
+    """Tensor rank ``rank``'s part of a megatron tensor, vocabulary padded with zeros to ``like``'s rows."""
+    if "linear_fc1" in name:
+        return torch.cat([half.chunk(size)[rank] for half in full])
+    if "linear_qkv" in name:
+        return full.chunk(size)[rank]
+    if "linear_proj" in name or "linear_fc2" in name:
+        return full.chunk(size, dim=1)[rank]
+    if "word_embeddings" in name or "output_layer" in name:
+        padded = torch.zeros(like.shape[0] * size, full.shape[1], dtype=full.dtype)
+        padded[: full.shape[0]] = full
+        return padded.chunk(size)[rank]
+    return full
