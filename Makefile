@@ -30,7 +30,9 @@ help:
 install: $(CPU_STAMP)
 
 quickstart: $(CPU_STAMP)
-	$(BIN)/torchrun --nproc-per-node 2 -m megatron_intuitor train examples/arithmetic/quickstart.yaml $(ARGS)
+	@# A wrong ARGS is told here; under torchrun its own report of failed ranks would follow.
+	@$(BIN)/python -m megatron_intuitor show-config examples/arithmetic/quickstart.yaml --check --world-size 2 $(ARGS) >/dev/null
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m megatron_intuitor train examples/arithmetic/quickstart.yaml $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest

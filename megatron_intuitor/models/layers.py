@@ -6,7 +6,6 @@ has not been run on a GPU.
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from megatron_intuitor.models.family import LayerOptions
 from megatron_intuitor.models.packing import PackedSegments
+from megatron_intuitor.platform import transformer_engine_available
 
 Layers = Literal["local", "transformer_engine"]
 
@@ -34,7 +34,7 @@ _TRANSFORMER_ENGINE_NAMES = {
 
 def choose_layers(requested: Literal["auto", "local", "transformer_engine"]) -> Layers:
     """Decide who implements the layers; ValueError where Transformer Engine is asked for and absent."""
-    available = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    available = transformer_engine_available()
     if requested == "transformer_engine" and not available:
         raise ValueError(
             "model.layers is 'transformer_engine', but Transformer Engine needs a CUDA device and the package "
@@ -144,7 +144,7 @@ class PackedAttention(torch.nn.Module):
         """
         assert attention_mask is None
         groups = packed_seq_params.groups
-        assert groups is not None, "build packed_seq_params with pack_tokens"
+        assert groups is not None, "build packed_seq_params with packed_segments"
         if groups.take is not None:
             query, key, value = (_Gather.apply(x, groups.take, groups.back) for x in (query, key, value))
         outputs, start = [], 0

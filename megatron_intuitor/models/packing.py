@@ -1,4 +1,4 @@
-"""Packs token sequences of different lengths into one row, without padding between them."""
+"""Describes rows of sequences that lie one after the other without padding, to megatron and to our attention."""
 
 from __future__ import annotations
 
@@ -39,62 +39,12 @@ class PackedSegments(PackedSeqParams):
     groups: AttentionGroups | None = None
 
 
-@dataclass(frozen=True)
-class PackedTokens:
-    """What one forward of a `PolicyModel` takes.
-
-    Example:
-        Sequences of 3 and 2 tokens with ``multiple=4`` give 8 tokens: 3, 2 and a segment of 3 padding tokens;
-        ``lengths == (3, 2)``, ``position_ids == [[0, 1, 2, 0, 1, 0, 1, 2]]``.
-    """
-
-    token_ids: Tensor
-    """int64 ``[1, tokens]``."""
-    position_ids: Tensor
-    """int64 ``[1, tokens]``: restarts at 0 with every sequence."""
-    packed_seq_params: PackedSegments
-    lengths: tuple[int, ...]
-    """Lengths of the sequences, without the padding segment."""
-
-    @property
-    def tokens(self) -> int:
-        """Length of the row, padding included."""
-        return self.token_ids.shape[1]
-
-
-def pack_tokens(sequences: Sequence[Sequence[int]], *, device: torch.device, multiple: int = 1) -> PackedTokens:
-    """Lay ``sequences`` one after the other.
-
-    Args:
-        sequences: Token ids; none may be empty.
-        device: Where the tensors go.
-        multiple: The row's length is rounded up to a multiple of this with a last segment of token 0, which nothing
-            else attends to.  Sequence parallelism needs the tensor-parallel size here.
-    """
-    if not sequences or not all(sequences):
-        raise ValueError("a micro batch needs at least one sequence, and none may be empty")
-    lengths = [len(s) for s in sequences]
-    padding = -sum(lengths) % multiple
-    segments = lengths + ([padding] if padding else [])
-    starts = torch.tensor([0, *accumulate(segments)], dtype=torch.int32)
-    ids = torch.tensor([t for s in sequences for t in s] + [0] * padding, dtype=torch.int64)
-    positions = torch.cat([torch.arange(n) for n in segments])
-    return PackedTokens(
-        token_ids=ids[None].to(device),
-        position_ids=positions[None].to(device),
-        packed_seq_params=_segments(segments, starts, device),
-        lengths=tuple(lengths),
-    )
-
-
 def packed_segments(lengths: Sequence[int], device: torch.device) -> PackedSegments:
-    """Megatron's description of a packed row whose segments (a padding tail is one of them) have ``lengths`` tokens."""
-    return _segments(list(lengths), torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), device)
-
-
-def _segments(lengths: list[int], starts: Tensor, device: torch.device) -> PackedSegments:
-    # max_seqlen has to be the longest segment, never a bound: where it equals the row's length, megatron's rotary
-    # embedding takes positions from the start of the row.  With one segment only, that is the same.
+    """Describe a packed row whose segments have ``lengths`` tokens; a padding tail is a segment too, none is empty."""
+    assert min(lengths) > 0
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    # max_seqlen is the longest segment, not a bound: where it equals the row's length, megatron's rotary embedding
+    # counts positions from the start of the row.  Attention sees differences only, but far positions cost precision.
     cumulative = starts.to(device)
     return PackedSegments(
         qkv_format="thd",
@@ -106,13 +56,13 @@ def _segments(lengths: list[int], starts: Tensor, device: torch.device) -> Packe
     )
 
 
-def _group(lengths: list[int], starts: Tensor, device: torch.device) -> AttentionGroups:
+def _group(lengths: Sequence[int], starts: Tensor, device: torch.device) -> AttentionGroups:
     """Sort segments into batches and find where each token goes."""
     batches = _batches(lengths)
     shapes = tuple((len(batch), lengths[batch[0]]) for batch in batches)
     if len(batches) == 1 and min(lengths) == max(lengths):
         return AttentionGroups(shapes, None, None)
-    all_lengths = torch.tensor(lengths)
+    all_lengths = torch.tensor(list(lengths))
     takes, back, placed = [], torch.empty(int(starts[-1]), dtype=torch.int64), 0
     for batch, (count, longest) in zip(batches, shapes, strict=True):
         first, length = starts[batch].long()[:, None], all_lengths[batch][:, None]
@@ -126,7 +76,7 @@ def _group(lengths: list[int], starts: Tensor, device: torch.device) -> Attentio
     return AttentionGroups(shapes, torch.cat(takes).to(device), back.to(device))
 
 
-def _batches(lengths: list[int]) -> list[list[int]]:
+def _batches(lengths: Sequence[int]) -> list[list[int]]:
     """Segment numbers, longest first, cut where a segment is much shorter than the first of its batch."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -69,7 +69,7 @@ class PolicyModel(GPTModel):
         return bool(self.share_embeddings_and_output_weights)
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, packed_seq_params: PackedSegments) -> Tensor:
-        """Run this stage over a packed row (see `pack_tokens`).
+        """Run this stage over a packed row (see `packed_segments`).
 
         Args:
             token_ids: int64 ``[1, tokens]``; only the first stage looks at it.

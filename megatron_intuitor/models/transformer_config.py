@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -112,21 +113,22 @@ def _check_tensor_parallel(geometry: Geometry, parallel: ParallelConfig) -> None
 
 
 def _pipeline_split(layers: int, stages: int) -> dict[str, Any]:
-    """Deal layers to stages: evenly, or one fewer on the last stage (head), or on the first too (embedding)."""
+    """Deal layers to stages: evenly, else the same number to all stages but the first and the last.
+
+    These two also hold the embedding and the head, so they get the smaller share where the numbers allow.
+    """
     if layers < stages:
         raise ValueError(
             f"parallel.pipeline ({stages}) must not exceed the model's num_hidden_layers ({layers}); lower it"
         )
-    for extra, split in enumerate(
-        (
-            {},
-            {"account_for_loss_in_pipeline_split": True},
-            {"account_for_loss_in_pipeline_split": True, "account_for_embedding_in_pipeline_split": True},
-        )
-    ):
-        if (layers + extra) % stages == 0:
-            return dict(split)
-    raise ValueError(
-        f"parallel.pipeline ({stages}) cannot cut the model's num_hidden_layers ({layers}): it must divide {layers}, "
-        f"or {layers + 1} (the head counts as a layer), or {layers + 2} (the embedding too); choose another size"
-    )
+    if layers % stages == 0:
+        return {}
+    each = math.ceil(layers / stages)
+    ends = layers - (stages - 2) * each
+    if ends < 2:
+        each = layers // stages
+        ends = layers - (stages - 2) * each
+    return {
+        "num_layers_in_first_pipeline_stage": math.ceil(ends / 2),
+        "num_layers_in_last_pipeline_stage": ends // 2,
+    }

@@ -51,6 +51,13 @@ def _per_row(temperature: Temperature, dtype: torch.dtype) -> Temperature:
     return temperature.to(dtype).unsqueeze(1) if isinstance(temperature, Tensor) else temperature
 
 
+def _divide(values: Tensor, temperature: Temperature, rows: slice) -> Tensor:
+    """Divide a tile by the temperature of its rows, in place; 1 costs nothing."""
+    if isinstance(temperature, Tensor):
+        return values.div_(temperature[rows])
+    return values if temperature == 1 else values.div_(temperature)
+
+
 class OutputLayer:
     """Logits ``hidden @ weight.T / temperature`` with fp32 products and sums.
 
@@ -97,13 +104,13 @@ class OutputLayer:
         """Multiply a tile."""
         if self.native:
             torch.mm(self.hidden[rows], self._tile_weight.t(), out_dtype=self.dtype, out=out)
-            return out.div_(self._row_temperature(rows))
+            return _divide(out, self.temperature, rows)
         return torch.mm(self.hidden[rows], self._tile_weight.t(), out=out)
 
     def absorb(self, rows: slice, gradient: Tensor) -> None:
         """Add a tile's share to both gradients."""
         if self.native:
-            gradient = gradient.div_(self._row_temperature(rows)).to(self.weight.dtype)
+            gradient = _divide(gradient, self.temperature, rows).to(self.weight.dtype)
         if self.hidden_gradient is not None:
             self._add_product(self.hidden_gradient[rows], gradient, self._tile_weight)
         if self.weight_gradient is not None:
@@ -118,9 +125,6 @@ class OutputLayer:
         """Gradient by the hidden rows from this shard's columns, in the compute dtype."""
         assert self.hidden_gradient is not None
         return self.hidden_gradient if self.native else self.hidden_gradient.div_(self.temperature)
-
-    def _row_temperature(self, rows: slice) -> Temperature:
-        return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature
 
     def _add_product(self, total: Tensor, left: Tensor, right: Tensor) -> None:
         if self.native:
@@ -155,15 +159,12 @@ class ReadyLogits:
 
     def logits(self, rows: slice, out: Tensor) -> Tensor:
         """Copy a tile."""
-        return out.copy_(self.values[rows, self._entered]).div_(self._row_temperature(rows))
+        return _divide(out.copy_(self.values[rows, self._entered]), self.temperature, rows)
 
     def absorb(self, rows: slice, gradient: Tensor) -> None:
         """Write a tile's gradient."""
         assert self.gradient is not None
-        self.gradient[rows, self._entered] = gradient.div_(self._row_temperature(rows)).to(self.gradient.dtype)
+        self.gradient[rows, self._entered] = _divide(gradient, self.temperature, rows).to(self.gradient.dtype)
 
     def leave(self) -> None:
         """Nothing to complete."""
-
-    def _row_temperature(self, rows: slice) -> Temperature:
-        return self.temperature[rows] if isinstance(self.temperature, Tensor) else self.temperature

@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -135,10 +136,23 @@ class GlooWeightReceiver(WeightTransferEngine[GlooReceiverInit, GlooBucket]):
     def finish_weight_update(self) -> None:
         """Finish the layers that wait for the end of an update, such as attention."""
         finalize_layerwise_reload(self.model, self.model_config)
+        _repack_heads(self.model)
 
     def shutdown(self) -> None:
         """Leave the trainer's group."""
         self._group = None
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """Bring the packed copy of every output layer up to date.
+
+    On a CPU vLLM computes logits from a packed copy of the head's weight.  A head that is tied to the embedding gets
+    no tensor of its own, so the layerwise reload leaves its copy as it was: without this, logits would silently come
+    from the old weights (vLLM 0.32.0).
+    """
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 def own_address(host: str, port: int) -> str:

@@ -1,6 +1,6 @@
 """Runs one server and takes the whole family of processes down with it, or with the trainer.
 
-Usage: ``python -I supervisor.py --parent PID -- COMMAND...``, in a session of its own.
+Usage: ``python -I supervisor.py --parent PID --grace SECONDS -- COMMAND...``, in a session of its own.
 
 A server is a tree of processes, and the trainer can end without a word (``kill -9``, out of memory).  This small
 process stands between them: it is the leader of the server's process group, looks whether the trainer still is its
@@ -19,7 +19,6 @@ import sys
 import time
 
 _POLL_S = 0.2
-_GRACE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -27,6 +26,7 @@ def main() -> int:
     """Run the command to its end; returns its exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--grace", type=float, required=True)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args()
     stop = _StopFlag()
@@ -35,7 +35,7 @@ def main() -> int:
         if os.getppid() != args.parent:
             _kill_group()
         if stop.requested:
-            _end(server)
+            _end(server, args.grace)
         time.sleep(_POLL_S)
     print(f"supervisor: the server ended with code {server.returncode}", file=sys.stderr, flush=True)  # noqa: T201
     _kill_group()
@@ -53,11 +53,11 @@ class _StopFlag:
         self.requested = True
 
 
-def _end(server: subprocess.Popen[bytes]) -> None:
+def _end(server: subprocess.Popen[bytes], grace_s: float) -> None:
     """Let the server put away its shared memory, but not for long."""
     server.terminate()
     try:
-        server.wait(_GRACE_S)
+        server.wait(grace_s)
     except subprocess.TimeoutExpired:
         _kill_group()
 

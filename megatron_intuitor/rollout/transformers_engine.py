@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from megatron_intuitor.contracts import EngineFailure, GenerateRequest, Rollout
 from megatron_intuitor.rollout.eos import eos_token_ids
@@ -42,8 +42,11 @@ class TransformersEngine:
         self, path: Path, precision: Literal["fp32", "bf16"], *, max_model_len: int, max_concurrent: int
     ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=_DTYPE[precision], local_files_only=True)
-        self._model = model.to(device=self._device).eval().requires_grad_(False)
+        self._config = AutoConfig.from_pretrained(path, local_files_only=True)
+        model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_DTYPE[precision], local_files_only=True
+        )
+        self._model = model.to(self._device).eval().requires_grad_(False)
         self._eos = torch.tensor(eos_token_ids(path), dtype=torch.int64, device=self._device)
         self._max_model_len = max_model_len
         self._max_concurrent = max_concurrent
@@ -118,7 +121,7 @@ class TransformersEngine:
     def _prefill(self, batch: _Batch) -> tuple[Tensor, DynamicCache, Tensor]:
         """Run the prompts, each different one once; returns logits ``[samples, vocab]``, cache and mask."""
         ids, mask, sample_to_prompt = batch.padded_prompts()
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache(config=self._config)
         output = self._model(
             ids,
             attention_mask=mask,
@@ -133,11 +136,10 @@ class TransformersEngine:
     def _draw(self, batch: _Batch, logits: Tensor) -> tuple[Tensor, Tensor]:
         temperature, top_k, top_p = batch.sampling()
         log_probs = processed_log_probs(logits, temperature, top_k, top_p)
-        tokens = draw(log_probs, temperature, batch.uniform())
-        chosen = log_probs.gather(1, tokens[:, None]).squeeze(1)
-        if not chosen.isfinite().all():
+        if not log_probs.amax(-1).isfinite().all():
             raise EngineFailure(f"{self.name}: the model's logits are not finite; its weights may hold NaN")
-        return tokens, chosen
+        tokens = draw(log_probs, temperature, batch.uniform())
+        return tokens, log_probs.gather(1, tokens[:, None]).squeeze(1)
 
     def close(self) -> None:
         """Nothing outlives this object."""

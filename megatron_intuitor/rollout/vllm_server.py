@@ -24,7 +24,8 @@ SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _HOST = "127.0.0.1"
 _DTYPE = {"fp32": "float32", "bf16": "bfloat16"}
 _LOG_LINES = 25
-_STOP_S = 15.0
+_GRACE_S = 10.0
+"""How long a server may take to put away its shared memory before it is killed."""
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")
 _LAUNCHER_PREFIXES = ("LOCAL_", "ROLE_", "TORCHELASTIC_", "PET_")
 
@@ -89,18 +90,30 @@ class VllmServer:
         """End the server: politely first, and then for certain."""
         self.ask_to_stop()
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(_STOP_S)
+            self._process.wait(_GRACE_S + 5)
         self.kill()
 
 
-def supervise(command: list[str], environment: Mapping[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+def supervise(
+    command: list[str], environment: Mapping[str, str], log_path: Path, grace_s: float = _GRACE_S
+) -> subprocess.Popen[bytes]:
     """Start ``command`` under the supervisor, which ends it when this process ends, however that happens.
 
     The returned process is the supervisor: leader of a new session and process group with all that the command starts.
     """
     with log_path.open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-I", str(SUPERVISOR), "--parent", str(os.getpid()), "--", *command],
+            [
+                sys.executable,
+                "-I",
+                str(SUPERVISOR),
+                "--parent",
+                str(os.getpid()),
+                "--grace",
+                str(grace_s),
+                "--",
+                *command,
+            ],
             env=dict(environment),
             stdin=subprocess.DEVNULL,
             stdout=log,

@@ -111,8 +111,9 @@ class Trainer:
 
     def begin(self) -> None:
         """Prove the conversion and the sync, then measure the untrained policy."""
-        if self.step == 0:
-            # The engines still hold what they read from the folder themselves: this compares two readings of it.
+        if self.step == 0 and not self.run_config.rollout.urls:
+            # Our own engines still hold what they read from the folder themselves: this compares two readings of it.
+            self.client.trust_loaded_weights(self.sync.version)
             self.proof.check(self.client, self.policy, self.settings, "before the first weight sync")
         self.sync.push()
         self.proof.check(self.client, self.policy, self.settings, "after the first weight sync")
@@ -233,6 +234,7 @@ class Trainer:
         with self.observer.spans("checkpoint"):
             save(self.store, self.state, trained(self.policy), self.groups)
         self.saved_step = self.step
+        self.observer.evaluation(self.step, self.observer.spans.collect(), self.sync.version)
         self.observer.note(f"checkpoint of step {self.step} is in {self.store.path(self.step)}")
 
     def leave_early(self) -> int:

@@ -110,6 +110,11 @@ class RolloutClient:
     def _with_text(self, rollout: Rollout) -> Rollout:
         return replace(rollout, text=self._tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
 
+    def trust_loaded_weights(self, version: int) -> None:
+        """Let the engines answer with the weights that they read from the model folder, as ``version``."""
+        if self._pool is not None:
+            self._pool.accept_loaded_weights(version)
+
     def probe(self, requests: Sequence[GenerateRequest]) -> dict[str, list[Rollout]]:
         """What every engine by itself answers to ``requests``, on every rank; a collective."""
         answers: Any = None

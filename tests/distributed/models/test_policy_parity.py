@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_intuitor.config.schema import ModelConfig, ParallelConfig
-from megatron_intuitor.models import PolicyModel, build_policy_model, pack_tokens
+from megatron_intuitor.models import PolicyModel, build_policy_model
 from megatron_intuitor.models.layers import RMSNorm
 from megatron_intuitor.platform import ProcessGroups, initialize
 from tests.distributed.launch import Case, Outcomes, launch
@@ -29,6 +29,7 @@ from tests.distributed.models.tiny_checkpoints import (
     loss_of,
     megatron_layout,
     micro_batches,
+    packed_row,
     reference_gradients,
     reference_logits,
     reference_model,
@@ -107,11 +108,10 @@ def run_schedule(model: PolicyModel, layout: Layout, batches: list[list[list[int
 
     def forward_step(iterator: Any, module: Any) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        packed = pack_tokens(batch, device=torch.device("cpu"), multiple=multiple)
-        hidden = module(packed.token_ids, packed.position_ids, packed.packed_seq_params)
+        hidden = module(*packed_row(batch, multiple))
 
         def loss(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            here = full_logits(model, output, sum(packed.lengths), layout.direct_head)
+            here = full_logits(model, output, sum(map(len, batch)), layout.direct_head)
             logits.append(here.detach())
             value = loss_of(here.float(), batch)
             return value, {"loss": value.detach()}

@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from megatron_intuitor.models import PackedSegments, packed_segments
+
 SIZES = {
     "qwen2": {"num_hidden_layers": 3},  # an odd number: with two stages the last one gets fewer
     "qwen3": {"num_hidden_layers": 4, "head_dim": 24},  # not hidden / heads
@@ -59,6 +61,15 @@ def micro_batches(vocab: int, seed: int, count: int) -> list[list[list[int]]]:
         [torch.randint(vocab, (n,), generator=generator).tolist() for n in lengths[i % len(lengths)]]
         for i in range(count)
     ]
+
+
+def packed_row(batch: list[list[int]], multiple: int = 1) -> tuple[Tensor, Tensor, PackedSegments]:
+    """Token ids and positions ``[1, tokens]`` and segments; a tail of token 0 rounds up to ``multiple``."""
+    padding = -sum(len(s) for s in batch) % multiple
+    rows = [*batch, [0] * padding] if padding else batch
+    ids = torch.tensor([[t for s in rows for t in s]])
+    positions = torch.tensor([[i for s in rows for i in range(len(s))]])
+    return ids, positions, packed_segments([len(s) for s in rows], torch.device("cpu"))
 
 
 def token_weights(batch: list[list[int]]) -> Tensor:

@@ -74,7 +74,9 @@ def check_setting(folder: Path, setting: Setting) -> None:
     got = score(policy, batch, passes, check=True)
     with torch.no_grad():
         wanted = rl_reference.statistics(rl_reference.load(folder), batch, TEMPERATURE)
-    for name, ours, theirs in zip(("log_prob", "self_certainty", "entropy"), dataclasses.astuple(got), wanted, strict=True):
+    for name, ours, theirs in zip(
+        ("log_prob", "self_certainty", "entropy"), dataclasses.astuple(got), wanted, strict=True
+    ):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
     rl_reference.near(batch, wanted[0].float())
@@ -89,7 +91,9 @@ def check_setting(folder: Path, setting: Setting) -> None:
     for name, tensor in PolicyWeights(policy.model):
         if groups.is_driver:
             before = rl_reference.load(folder).state_dict()[name] if moved == 0.0 else None
-            torch.testing.assert_close(tensor.double(), weights[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                tensor.double(), weights[name], rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+            )
             moved = moved or float((weights[name] - before).abs().max())
     assert not groups.is_driver or moved > 1e-4
 

@@ -73,9 +73,7 @@ def test_the_model_answers_held_out_problems_and_only_partly(tokenizer):
         token_ids, attention_mask=torch.ones_like(token_ids), do_sample=True, top_k=0, max_new_tokens=40
     )
     texts = tokenizer.batch_decode(output[:, token_ids.shape[1] :], skip_special_tokens=True)
-    right = [
-        answer_is_correct(t, p.answer, answer_pattern=r"#(\d+)$") for t, p in zip(texts, prompts, strict=True)
-    ]
+    right = [answer_is_correct(t, p.answer, answer_pattern=r"#(\d+)$") for t, p in zip(texts, prompts, strict=True)]
     stepwise = [re.search(r"^\d+\+\d+=\d+;", text) is not None for text in texts]
     # Room to learn: it can work step by step and is then right, but guesses more often and is then often wrong.
     assert 0.3 < sum(right) / 256 < 0.65

@@ -83,7 +83,8 @@ def test_report_shows_the_whole_run(report: tuple[str, Page]) -> None:
     _, page = report
     titles = [figure["text"] for figure in page.figures]
     for wanted in ("Accuracy, held out", "Reward: self certainty", "Reward: accuracy", "Self-certainty", "Entropy",
-                   "Divergence", "Response length", "Loss", "Gradient norm", "Flat groups", "Importance weight", "Trainer against engine",
+                   "Divergence", "Response length", "Loss", "Gradient norm", "Flat groups", "Importance weight",
+                   "Trainer against engine",
                    "Seconds per step by phase", "time/update/forward_s", "surprise/<b>unknown</b>"):  # fmt: skip
         assert sum(wanted in title for title in titles) >= 1, wanted
     assert all(figure["paths"] >= 2 for figure in page.figures)

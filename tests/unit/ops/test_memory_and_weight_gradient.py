@@ -39,7 +39,7 @@ TOKENS, WIDTH, VOCAB = 700, 32, 6000
 DENSE = TOKENS * VOCAB * 4
 
 
-@pytest.mark.parametrize("chunk_bytes", [1 << 16, 1 << 18, 1 << 20])
+@pytest.mark.parametrize("chunk_bytes", [1 << 17, 1 << 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_and_backward_stay_within_the_budget(chunk_bytes: int, dtype: torch.dtype) -> None:
     hidden = torch.randn(TOKENS, WIDTH).to(dtype).requires_grad_()

@@ -1,0 +1,133 @@
+"""Every request is answered once, whichever engines die and when."""
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_intuitor.contracts import EngineFailure, GenerateRequest, Rollout, SamplingParams
+from megatron_intuitor.rollout.dispatch import dispatch
+
+
+class FakeEngine:
+    """Answers after a number of loop turns; dies for good when asked for the ``lives + 1``-th time."""
+
+    def __init__(self, name, lives=10**9, turns=lambda seed: seed % 3):
+        self.name = name
+        self.lives = lives
+        self.turns = turns
+        self.asked: list[int] = []
+        self.cancelled: list[int] = []
+        self.busy = self.busiest = 0
+
+    @asynccontextmanager
+    async def session(self):
+        yield self.ask
+
+    async def ask(self, request):
+        self.asked.append(request.seed)
+        self.busy += 1
+        self.busiest = max(self.busy, self.busiest)
+        try:
+            for _ in range(self.turns(request.seed)):
+                await asyncio.sleep(0)
+            if len(self.asked) > self.lives:
+                raise EngineFailure(f"{self.name} died")
+            return Rollout((request.seed,), (-0.5,), (0,), "stop", text=self.name, seed=request.seed)
+        except asyncio.CancelledError:
+            self.cancelled.append(request.seed)
+            raise
+        finally:
+            self.busy -= 1
+
+
+def make_requests(count):
+    return {i: GenerateRequest((7,), SamplingParams(), seed=i) for i in range(count)}
+
+
+def run(engines, count, max_concurrent=8, on_failure=None, on_progress=lambda n: None):
+    failed = []
+    answers = asyncio.run(
+        dispatch(
+            engines,
+            make_requests(count),
+            max_concurrent=max_concurrent,
+            on_failure=on_failure or (lambda name, _: failed.append(name)),
+            on_progress=on_progress,
+        )
+    )
+    return answers, failed
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    lives=st.lists(st.integers(0, 40), min_size=0, max_size=4),
+    count=st.integers(0, 60),
+    max_concurrent=st.integers(1, 20),
+    pace=st.randoms(use_true_random=False),
+)
+def test_one_engine_that_lives_is_enough(lives, count, max_concurrent, pace):
+    turns = [pace.randrange(6) for _ in range(count)]
+    mortal = [FakeEngine(f"mortal-{i}", n, turns.__getitem__) for i, n in enumerate(lives)]
+    engines = [*mortal, FakeEngine("immortal", turns=turns.__getitem__)]
+    progress = []
+    answers, failed = run(engines, count, max_concurrent, on_progress=progress.append)
+    assert {i: answer.seed for i, answer in answers.items()} == {i: i for i in range(count)}
+    assert sum(progress) == count
+    assert sorted(failed) == sorted({e.name for e in engines if len(e.asked) > e.lives})
+    assert all(engine.busiest <= max_concurrent and engine.busy == 0 for engine in engines)
+
+
+@settings(deadline=None, max_examples=200)
+@given(lives=st.lists(st.integers(0, 20), min_size=1, max_size=4), count=st.integers(1, 60), limit=st.integers(1, 9))
+def test_what_was_answered_before_all_died_is_kept(lives, count, limit):
+    engines = [FakeEngine(f"mortal-{i}", n) for i, n in enumerate(lives)]
+    answers, failed = run(engines, count, limit)
+    assert all(answer.seed == i for i, answer in answers.items())
+    assert len(answers) == count or sorted(failed) == [engine.name for engine in engines]
+    assert len(answers) <= sum(min(n, count) for n in lives)
+    if len(lives) == 1 and lives[0] < count and limit == 1:
+        assert len(answers) == lives[0]
+
+
+def test_work_is_spread_evenly():
+    engines = [FakeEngine(f"engine-{i}", turns=lambda _: 3) for i in range(4)]
+    run(engines, 64, max_concurrent=256)
+    assert [len(engine.asked) for engine in engines] == [16] * 4
+
+
+def test_a_slow_engine_gets_less():
+    slow, fast = FakeEngine("slow", turns=lambda _: 50), FakeEngine("fast", turns=lambda _: 1)
+    run([slow, fast], 100, max_concurrent=2)
+    assert len(slow.asked) < 20 < len(fast.asked)
+
+
+class RefusalError(ValueError):
+    pass
+
+
+def test_a_refused_request_stops_everything():
+    class Picky(FakeEngine):
+        async def ask(self, request):
+            if request.seed == 5:
+                raise RefusalError("not this one")
+            return await super().ask(request)
+
+    engine = Picky("picky", turns=lambda _: 10**6)
+    with pytest.raises(RefusalError):
+        run([engine], 8)
+    assert engine.busy == 0
+    assert len(engine.cancelled) == 7
+
+
+@pytest.mark.parametrize("where", ["failure", "progress"])
+def test_nothing_is_left_running_where_a_callback_raises(where):
+    def stop(*_):
+        raise RefusalError
+
+    engines = [FakeEngine("mortal", 0 if where == "failure" else 99), FakeEngine("slow", turns=lambda _: 10**6)]
+    with pytest.raises(RefusalError):
+        run(engines, 8, **{f"on_{where}": stop})
+    assert all(engine.busy == 0 for engine in engines)
