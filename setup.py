@@ -41,7 +41,12 @@ WANDB = ["wandb>=0.19"]
 
 EXTRAS = {
     "cpu": ["torch==2.13.0", "transformers==5.19.0"],
-    "gpu": ["torch==2.13.0", "transformers==5.19.0", "vllm==0.32.0", "transformer-engine[core_cu13,pytorch]>=2.10,<2.12"],
+    "gpu": [
+        "torch==2.13.0",
+        "transformers==5.19.0",
+        "vllm==0.32.0",
+        "transformer-engine[core_cu13,pytorch]>=2.10,<2.12",
+    ],
     "wandb": WANDB,
     "dev": ["pytest>=8", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-requests", *WANDB],
 }

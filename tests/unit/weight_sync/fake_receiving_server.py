@@ -54,7 +54,7 @@ class FakeReceivingServer:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def receiver(self, incarnation=0):
         url = f"http://127.0.0.1:{self.http.server_port}"

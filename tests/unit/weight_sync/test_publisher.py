@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fake_receiving_server import FakeReceivingServer
 
 from megatron_intuitor.contracts import EngineFailure, TensorMeta
 from megatron_intuitor.weight_sync import NonFiniteWeights, SyncFailure, WeightPublisher
+from tests.unit.weight_sync.fake_receiving_server import FakeReceivingServer
 
 BUCKET = 512
 

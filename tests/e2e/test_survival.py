@@ -1,0 +1,126 @@
+"""Runs that are killed anywhere continue from a whole checkpoint and end at the very same weights."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.e2e import runs
+
+
+def die_in_call(owner: object, name: str, call: int) -> None:
+    """Replace ``owner.name`` so that its ``call``-th call kills the process, half way into the work."""
+    original, counter = getattr(owner, name), itertools.count(1)
+
+    def deadly(*args: object, **kwargs: object) -> object:
+        if next(counter) == call:
+            runs.die()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, deadly)
+
+
+def die_while_writing_tensors() -> None:
+    """The sharded part of step 4's checkpoint is on disk, the rest is not."""
+    from megatron_intuitor.checkpoint import content
+
+    die_in_call(content, "save_random_state", 2)
+
+
+def die_before_the_rename() -> None:
+    """Everything of step 4's checkpoint is written, nothing is visible."""
+    from megatron_intuitor.checkpoint.store import CheckpointStore
+
+    die_in_call(CheckpointStore, "commit", 2)
+
+
+def die_while_sampling() -> None:
+    """In the middle of step 4's responses."""
+    from megatron_intuitor.rollout import transformers_engine
+
+    die_in_call(transformers_engine.TransformersEngine, "generate", 6)
+
+
+def die_while_syncing() -> None:
+    """Between two tensors of step 3's weight sync."""
+    from megatron_intuitor.models import PolicyWeights
+
+    tensors = itertools.count(1)
+    original = PolicyWeights.__iter__
+
+    def deadly(self):
+        for item in original(self):
+            if next(tensors) == 115:
+                runs.die()
+            yield item
+
+    PolicyWeights.__iter__ = deadly
+
+
+def die_while_updating() -> None:
+    """Before step 5's optimizer step, gradients gathered."""
+    from megatron_intuitor.trainer.policy import Policy
+
+    die_in_call(Policy, "step", 5)
+
+
+def terminate_while_sampling() -> None:
+    """SIGTERM, as a cluster sends it, in the middle of step 4."""
+    from megatron_intuitor.rollout import transformers_engine
+
+    original, counter = transformers_engine.TransformersEngine.generate, itertools.count(1)
+
+    def interrupted(self, *args, **kwargs):
+        if next(counter) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *args, **kwargs)
+
+    transformers_engine.TransformersEngine.generate = interrupted
+
+
+DEATHS = [die_while_writing_tensors, die_before_the_rename, die_while_sampling, die_while_syncing, die_while_updating]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert runs.run(runs.config(output)) == [0]
+    return output
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.__name__)
+def test_a_killed_run_continues_to_the_same_end(undisturbed, tmp_path, death):
+    settings = runs.config(tmp_path)
+    assert runs.run(settings, sabotage=death) == [-signal.SIGKILL]
+    whole = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if not p.name.startswith("."))
+    assert whole in (["step_00000002"], ["step_00000002", "step_00000004"])
+    assert not (tmp_path / "hf").exists()
+    assert runs.run(settings) == [0]
+    assert runs.same_weights([undisturbed, tmp_path])
+    assert runs.metrics(tmp_path) == runs.metrics(undisturbed)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
+
+
+def test_sigterm_saves_leaves_with_0_and_continues(undisturbed, tmp_path):
+    settings = runs.config(tmp_path)
+    assert runs.run(settings, sabotage=terminate_while_sampling) == [0]
+    assert (tmp_path / "checkpoints" / "step_00000003").is_dir()
+    assert len(runs.metrics(tmp_path)) == 3
+    assert runs.run(settings) == [0]
+    assert runs.same_weights([undisturbed, tmp_path])
+    assert runs.metrics(tmp_path) == runs.metrics(undisturbed)
+
+
+def test_a_sharded_run_continues_in_another_layout(undisturbed, tmp_path):
+    """Two ranks save, one continues: the end is that of one rank all the way, to rounding."""
+    sharded = runs.config(tmp_path, parallel={"tensor": 2, "sequence": True})
+    assert runs.run(sharded, world_size=2, sabotage=die_while_updating) != [0, 0]
+    assert runs.run(runs.config(tmp_path)) == [0]
+    ours, theirs = runs.weights(tmp_path), runs.weights(undisturbed)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")

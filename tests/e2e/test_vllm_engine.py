@@ -1,0 +1,354 @@
+"""A real vLLM server in the hands of pool and publisher: what it samples, what it holds, how it dies.
+
+One server serves the whole file; the tests run in order.  The last ones kill it.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from megatron_intuitor.config import ModelConfig, RolloutConfig
+from megatron_intuitor.contracts import GenerateRequest, SamplingParams, TensorMeta
+from megatron_intuitor.rollout import EnginesStale, build_pool
+from megatron_intuitor.weight_sync import NonFiniteWeights, SyncFailure, WeightPublisher
+
+pytestmark = pytest.mark.vllm
+
+VOCAB, EOS, LONGEST = 97, 1, 256
+SMALL_BUCKET = 40_000
+
+
+def make_model(seed: int, eos_bias: float = 0.0) -> Qwen2ForCausalLM:
+    """A random Qwen2 with tied embeddings; ``eos_bias`` stretches the EOS embedding so that EOS gets likelier."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=LONGEST,
+        tie_word_embeddings=True,
+        initializer_range=0.25,
+        eos_token_id=EOS,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        model.model.embed_tokens.weight[EOS] *= 1 + eos_bias
+    return model
+
+
+class Weights:
+    """A model as a weight stream; ``change`` may replace the list of pairs."""
+
+    def __init__(self, model, change=lambda pairs: pairs):
+        self.pairs = change([(name, p.detach()) for name, p in model.named_parameters()])
+
+    def metadata(self):
+        return [TensorMeta(name, t.dtype, tuple(t.shape)) for name, t in self.pairs]
+
+    def __iter__(self):
+        return iter(self.pairs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny-qwen2")
+    make_model(0).save_pretrained(path)
+    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t3"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="t1", unk_token="t3").save_pretrained(path)
+    return path
+
+
+CONFIG = RolloutConfig(engine="vllm", kv_cache_gib=0.25, max_concurrent=64, startup_timeout_s=300, max_restarts=2)
+
+
+@pytest.fixture(scope="module")
+def pool(folder, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("logs")
+    model = ModelConfig(path=folder, precision="fp32")
+    with build_pool(CONFIG, model, max_model_len=LONGEST, seed=1, log_dir=logs) as running:
+        running.start()
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def publisher(pool):
+    opened = WeightPublisher(pool, timeout_s=60, backend="gloo", bucket_bytes=SMALL_BUCKET)
+    yield opened
+    opened.close()
+
+
+def some_requests(count, *, max_tokens=12, seed=0, **sampling):
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randint(4, VOCAB, (count, 20), generator=generator).tolist()
+    params = SamplingParams(max_tokens=max_tokens, **sampling)
+    return [GenerateRequest(tuple(prompt[: 3 + i % 18]), params, 1000 * seed + i) for i, prompt in enumerate(prompts)]
+
+
+def log_probs(model, request, rollout, start=0):
+    """What ``model`` says about the response from token ``start`` on: ``[response - start]``, one plain forward pass."""
+    ids = torch.tensor([request.prompt_token_ids + rollout.token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(request.prompt_token_ids) - 1 : -1].double()
+    sampling = request.sampling
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+    if sampling.top_k > 0:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
+    if sampling.top_p < 1:
+        ordered, order = logits.softmax(-1).sort(descending=True)
+        outside = (ordered.cumsum(-1) - ordered >= sampling.top_p).scatter(
+            1, order, ordered.cumsum(-1) - ordered >= sampling.top_p
+        )
+        logits = logits.masked_fill(outside, -torch.inf)
+    return logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[start:, 0]
+
+
+def assert_serves(pool, model, version, **sampling):
+    requests_ = some_requests(10, seed=version, **{"temperature": 0.7, **sampling})
+    for request, rollout in zip(requests_, pool.generate(requests_), strict=True):
+        got = torch.tensor(rollout.logprobs, dtype=torch.float64)
+        torch.testing.assert_close(got, log_probs(model, request, rollout), atol=1e-4, rtol=0)
+        assert set(rollout.weight_versions) == {version}
+
+
+def server_of(pool):
+    (engine,) = pool._engines.values()
+    return engine
+
+
+def test_every_route_is_locked(pool):
+    engine = server_of(pool)
+    routes = re.findall(r"Route: (\S+), Methods: (\S+)", engine.process.log_path.read_text())
+    assert {"/pause", "/collective_rpc", "/update_weights", "/inference/v1/generate", "/v1/models"} <= {
+        p for p, _ in routes
+    }
+    for path, methods in routes:
+        for method in methods.replace(",", " ").split():
+            status = requests.request(method, engine.client.url + path, json={}, timeout=10).status_code
+            assert status == (200 if path == "/health" else 401), (method, path)
+    assert requests.get(engine.client.url + "/ping", timeout=10).status_code == 401
+    assert engine.client.headers["Authorization"].split()[1] not in engine.process.log_path.read_text()
+
+
+def test_nothing_is_sampled_before_the_first_sync(pool):
+    with pytest.raises(EnginesStale):
+        pool.generate(some_requests(2))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": 0.6},
+        {"temperature": 1.0},
+        {"temperature": 1.3, "top_k": 7},
+        {"temperature": 0.9, "top_p": 0.8},
+        {"temperature": 1.2, "top_k": 20, "top_p": 0.7},
+        {"temperature": 0.0},
+    ],
+)
+def test_log_probs_are_those_of_the_published_model(pool, publisher, sampling):
+    # Not the model on disk: the first publish already replaces it.
+    model = make_model(17)
+    assert publisher.publish(Weights(model), 0).failed == ()
+    assert_serves(pool, model, 0, **sampling)
+
+
+def test_each_publish_takes_effect(pool, publisher):
+    for version in (1, 2, 3):
+        model = make_model(100 + version)
+        report = publisher.publish(Weights(model), version)
+        assert report.bytes == sum(p.nbytes for p in model.parameters())
+        assert_serves(pool, model, version)
+
+
+def test_a_response_depends_on_its_own_seed_alone(pool):
+    requests_ = some_requests(24, temperature=1.0, max_tokens=20)
+    together = pool.generate(requests_)
+    assert pool.generate(requests_[::-1])[::-1] == together
+    assert [pool.generate([request])[0] for request in requests_[:3]] == together[:3]
+
+
+def test_eos_ends_a_response_and_is_part_of_it(pool, publisher):
+    publisher.publish(Weights(make_model(5, eos_bias=0.6)), 4)
+    rollouts = pool.generate(some_requests(60, temperature=1.5, max_tokens=40))
+    for rollout in rollouts:
+        assert EOS not in rollout.token_ids[:-1]
+        assert (rollout.token_ids[-1] == EOS) == (rollout.finish_reason == "stop")
+        assert len(rollout.token_ids) == 40 or rollout.finish_reason == "stop"
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+
+
+def test_an_update_in_flight_is_exact_token_by_token(pool, publisher):
+    old, new = make_model(30), make_model(31)
+    publisher.publish(Weights(old), 5)
+    requests_ = some_requests(8, temperature=0.8, max_tokens=230)
+    rollouts = []
+    asking = threading.Thread(target=lambda: rollouts.extend(server_of(pool).client.generate(requests_)))
+    asking.start()
+    time.sleep(0.6)
+    publisher.publish(Weights(new), 6)
+    asking.join()
+    mixed = 0
+    for request, rollout in zip(requests_, rollouts, strict=True):
+        versions = rollout.weight_versions
+        assert list(versions) == sorted(versions)
+        switch = versions.count(5)
+        mixed += 0 < switch < len(versions)
+        got = torch.tensor(rollout.logprobs, dtype=torch.float64)
+        torch.testing.assert_close(got[:switch], log_probs(old, request, rollout)[:switch], atol=1e-4, rtol=0)
+        torch.testing.assert_close(got[switch:], log_probs(new, request, rollout)[switch:], atol=1e-4, rtol=0)
+    assert mixed, "the update came before or after all responses"
+
+
+def poison(index):
+    def change(pairs):
+        name, tensor = pairs[index]
+        bad = tensor.clone()
+        bad.view(-1)[0] = float("nan")
+        return [*pairs[:index], (name, bad), *pairs[index:][1:]]
+
+    return change
+
+
+def test_nan_is_refused_before_anything_is_sent(pool, publisher):
+    model = make_model(40)
+    publisher.publish(Weights(model), 7)
+    with pytest.raises(NonFiniteWeights, match="model.embed_tokens.weight has 1 of"):
+        publisher.publish(Weights(make_model(41), poison(0)), 8)
+    assert_serves(pool, model, 7)
+
+
+def wrong_shape(pairs):
+    return [(n, t[:-1] if n == "model.layers.1.mlp.down_proj.weight" else t) for n, t in pairs]
+
+
+def left_out(pairs):
+    return [(n, t) for n, t in pairs if n != "model.layers.1.self_attn.k_proj.weight"]
+
+
+def unknown(pairs):
+    return [*pairs, ("model.layers.7.mlp.down_proj.weight", torch.zeros(3, 3))]
+
+
+@pytest.mark.parametrize(
+    "change", [poison(20), wrong_shape, left_out, unknown], ids=["nan", "shape", "missing", "unknown"]
+)
+def test_after_a_failed_transfer_the_engine_is_out_until_a_good_one(pool, publisher, change):
+    version = (
+        10 + 2 * [poison, wrong_shape, left_out, unknown].index(change)
+        if change in (wrong_shape, left_out, unknown)
+        else 10
+    )
+    with pytest.raises((NonFiniteWeights, SyncFailure)):
+        publisher.publish(Weights(make_model(50), change), version)
+    assert [info.state for info in pool.engines] == ["stale"]
+    with pytest.raises(EnginesStale):
+        pool.generate(some_requests(2))
+    model = make_model(51 + version)
+    publisher.publish(Weights(model), version + 1)
+    assert_serves(pool, model, version + 1)
+    assert pool.restarts == 0
+
+
+def processes_of(group: int) -> dict[int, str]:
+    """Living processes of a process group, with their command lines."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                command = (entry / "cmdline").read_text().replace("\0", " ")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[2]) == group and fields[0] != "Z":
+                found[int(entry.name)] = command
+    return found
+
+
+def test_a_killed_server_is_restarted_and_nothing_is_lost_or_asked_twice(pool, publisher):
+    model = make_model(70)
+    publisher.publish(Weights(model), 20)
+    group = server_of(pool).process.process_group
+    core = next(pid for pid, command in processes_of(group).items() if "EngineCore" in command)
+    requests_ = some_requests(80, temperature=0.9, max_tokens=150)
+    came = []
+
+    def on_progress(count):
+        came.append(count)
+        if sum(came) == 10:
+            os.kill(core, signal.SIGKILL)
+
+    with pytest.raises(EnginesStale) as stale:
+        pool.generate(requests_, on_progress=on_progress)
+    finished = stale.value.finished
+    assert 10 <= len(finished) < 80
+    assert not processes_of(group)
+    assert pool.restarts == 1
+    assert [info.state for info in pool.engines] == ["stale"]
+
+    assert publisher.publish(Weights(model), 20).failed == ()
+    rollouts = pool.generate(requests_, finished, came.append)
+    assert sum(came) == 80
+    assert all(rollouts[i] is answer for i, answer in finished.items())
+    for request, rollout in zip(requests_, rollouts, strict=True):
+        got = torch.tensor(rollout.logprobs, dtype=torch.float64)
+        torch.testing.assert_close(got, log_probs(model, request, rollout), atol=1e-4, rtol=0)
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from megatron_intuitor.config import ModelConfig, RolloutConfig
+from megatron_intuitor.rollout import build_pool
+
+pool = build_pool(
+    RolloutConfig(kv_cache_gib=0.25), ModelConfig(path=sys.argv[1], precision="fp32"),
+    max_model_len=64, seed=0, log_dir=Path(sys.argv[2]),
+)
+pool.start()
+print(pool._engines["vllm-0"].process.process_group, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_trainer_takes_its_server_along(folder, tmp_path):
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, folder, tmp_path], stdout=subprocess.PIPE, text=True)
+    group = int(trainer.stdout.readline())
+    deadline = time.monotonic() + 200
+    # The engine is a process of its own, started by the API server: supervisor, API server, engine.
+    while not any("EngineCore" in command for command in processes_of(group).values()):
+        assert time.monotonic() < deadline, (tmp_path / "vllm-0.log").read_text()[-3000:]
+        time.sleep(0.2)
+    assert len(processes_of(group)) >= 3
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 10
+    while processes_of(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(group)
+
+
+def test_close_leaves_nothing_behind(pool):
+    group = server_of(pool).process.process_group
+    assert processes_of(group)
+    pool.close()
+    assert not processes_of(group)
