@@ -1,1 +1,1 @@
-"""Thin commands between Hugging Face folders and Megatron checkpoints; the weight map is in megatron_intuitor.models."""
+"""Thin commands between Hugging Face folders and Megatron checkpoints, over ``megatron_intuitor.models``."""

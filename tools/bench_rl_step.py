@@ -127,9 +127,11 @@ class Clock(TrainerCallback):
 rows = datasets.load_dataset("json", data_files=data, split="train").rename_column("question", "prompt")
 config = GRPOConfig(output_dir=out, use_cpu=True, bf16=False, per_device_train_batch_size=prompts * samples,
                     num_generations=samples, max_completion_length=tokens, temperature=1.0, beta=0.0, max_steps=steps,
-                    gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1000, learning_rate=1e-6)
-trainer = GRPOTrainer(model=model, reward_funcs=lambda completions, **k: [float(len(c)) for c in completions], args=config,
-                      train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model), callbacks=[Clock()])
+                    gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1000,
+                    learning_rate=1e-6)
+trainer = GRPOTrainer(model=model, reward_funcs=lambda completions, **k: [float(len(c)) for c in completions],
+                      args=config, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(model),
+                      callbacks=[Clock()])
 trainer.train()
 json.dump(times, open(out + ".json", "w"))
 """
@@ -177,8 +179,10 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
                 print(json.dumps({"size": name, "candidate": candidate, "round": round_index, **rounded}), flush=True)
                 speeds.setdefault(candidate, []).append(result["samples_per_s"])
     medians = {candidate: statistics.median(values) for candidate, values in speeds.items()}
-    ratios = {f"{c}_over_trl": round(v / medians["trl"], 2) for c, v in medians.items() if c != "trl" and "trl" in medians}
-    print(json.dumps({"size": name, "median_samples_per_s": {c: round(v, 1) for c, v in medians.items()}, **ratios}), flush=True)
+    rounded = {candidate: round(value, 1) for candidate, value in medians.items()}
+    trl = medians.pop("trl", None)
+    ratios = {f"{candidate}_over_trl": round(value / trl, 2) for candidate, value in medians.items()} if trl else {}
+    print(json.dumps({"size": name, "median_samples_per_s": rounded, **ratios}), flush=True)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_intuitor.config.schema import AdvantageConfig, RewardsConfig
+from megatron_intuitor.config import AdvantageConfig, RewardsConfig
 
 _FLAT = 1e-6
 """Groups whose deviation is at most this count as groups without spread: nothing can be learned from them."""

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_intuitor.config.schema import LossConfig
+from megatron_intuitor.config import LossConfig
 
 MAXIMUM_METRICS = ("ratio", "rollout_mismatch")
 """Metrics of `policy_loss` whose maximum says something that their mean hides."""

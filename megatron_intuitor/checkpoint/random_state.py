@@ -22,9 +22,12 @@ log = logging.getLogger(__name__)
 def save_random_state(folder: Path, groups: ProcessGroups) -> None:
     """Write this rank's python, numpy, torch, device and Megatron tracker states into ``folder/random``."""
     (folder / "random").mkdir(exist_ok=True)
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - libraries draw from this one
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries draw from this one
     python_version, python_keys, python_gauss = random.getstate()
-    tensors: dict[str, Tensor] = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    tensors: dict[str, Tensor] = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+    }
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     for key, state in get_cuda_rng_tracker().get_states().items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from megatron_intuitor.config.schema import DataConfig
+from megatron_intuitor.config import DataConfig
 from megatron_intuitor.contracts import Prompt
 from megatron_intuitor.data.reader import Row, read_rows
 

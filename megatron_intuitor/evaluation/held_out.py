@@ -65,7 +65,7 @@ class HeldOut:
 
     def _accuracy(self, rollouts: Sequence[Rollout], each: int) -> float | None:
         verdicts = [
-            float(answer_is_correct(rollout.text, prompt.answer, self.answer_pattern))
+            float(answer_is_correct(rollout.text, prompt.answer, answer_pattern=self.answer_pattern))
             for prompt, rollout in zip([p for p in self.prompts for _ in range(each)], rollouts, strict=True)
             if prompt.answer is not None
         ]

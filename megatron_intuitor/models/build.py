@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_intuitor.config.schema import ModelConfig, ParallelConfig
+from megatron_intuitor.config import ModelConfig, ParallelConfig
 from megatron_intuitor.models.hf_config import read_hf_config
 from megatron_intuitor.models.layers import choose_layers
 from megatron_intuitor.models.load import load_hf_weights

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from megatron_intuitor.config.schema import ModelConfig, ParallelConfig
+from megatron_intuitor.config import ModelConfig, ParallelConfig
 from megatron_intuitor.models.family import Family
 from megatron_intuitor.models.geometry import Geometry
 from megatron_intuitor.models.layers import Layers

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_intuitor.config.schema import ParallelConfig
+from megatron_intuitor.config import ParallelConfig
 from megatron_intuitor.platform.megatron import prepare_megatron
 
 

@@ -27,6 +27,8 @@ from megatron_intuitor.platform.plain_megatron import MENDED_MODULES
 
 _HARMLESS_WARNINGS = (
     ".*(Apex|Transformer Engine).*(not installed|Falling back).*",
+    ".*attribute of a Tensor that is not a leaf.*",  # megatron looks for .grad on views of its parameter buffer
+    ".*torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor).* is deprecated.*",  # megatron's own calls
     ".*CUDA_DEVICE_MAX_CONNECTIONS.*",  # a scheduling hint for CUDA streams, which a CPU does not have
 )
 

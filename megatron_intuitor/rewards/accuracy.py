@@ -22,7 +22,7 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 from math_verify.errors import TimeoutException
 from torch import Tensor
 
-from megatron_intuitor.config.schema import AccuracyConfig
+from megatron_intuitor.config import AccuracyConfig
 from megatron_intuitor.contracts import ResponseStatistics, RolloutGroup
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_intuitor.config.schema import RewardsConfig
+from megatron_intuitor.config import RewardsConfig
 from megatron_intuitor.contracts import Reward
 from megatron_intuitor.rewards.accuracy import AccuracyReward
 from megatron_intuitor.rewards.self_certainty import SelfCertaintyReward

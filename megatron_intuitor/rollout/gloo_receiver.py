@@ -24,7 +24,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -121,7 +121,9 @@ class GlooWeightReceiver(WeightTransferEngine[GlooReceiverInit, GlooBucket]):
             self._loaded |= names
 
     def _check_complete(self) -> None:
+        """Find weights that never came; vLLM itself would go on with whatever is in their place."""
         missing = sorted(self._expected - self._loaded) if self._loaded is not None else []
+        missing += [f"a part of {name}" for name in half_loaded_layers(self.model)]
         if missing:
             raise ValueError(f"the trainer left out {len(missing)} weights of the model, the first is {missing[0]}")
 
@@ -153,6 +155,20 @@ def _repack_heads(model: torch.nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, ParallelLMHead):
             layer.quant_method.process_weights_after_loading(layer)
+
+
+def half_loaded_layers(model: torch.nn.Module) -> list[str]:
+    """Names of the layers that wait for more: some of the tensors that are fused in them have come, others have not.
+
+    Embeddings and heads are left out, because they wait for the rows that pad the vocabulary and never come.
+    """
+    names = []
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        waits = info.load_numel_total is not None and 0 < info.load_numel < info.load_numel_total
+        if waits and not isinstance(layer, VocabParallelEmbedding):
+            names.append(name)
+    return names
 
 
 def own_address(host: str, port: int) -> str:

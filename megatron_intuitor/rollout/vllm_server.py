@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -23,7 +24,9 @@ from megatron_intuitor.rollout.auth import KEY_VARIABLE
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _HOST = "127.0.0.1"
 _DTYPE = {"fp32": "float32", "bf16": "bfloat16"}
-_LOG_LINES = 25
+_LOG_LINES = 12
+_LOG_ERRORS = 5
+_ERROR_MESSAGE = re.compile(r"\b[\w.]+(?:Error|Exception): .+")
 _GRACE_S = 10.0
 """How long a server may take to put away its shared memory before it is killed."""
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "GROUP_WORLD_SIZE")
@@ -71,9 +74,8 @@ class VllmServer:
         return self._process.pid
 
     def last_words(self) -> str:
-        """The end of the log, for error messages."""
-        lines = self.log_path.read_text(errors="replace").splitlines()[-_LOG_LINES:]
-        return f"last lines of {self.log_path}:\n" + "\n".join(lines)
+        """What the log says about the server's end, for error messages."""
+        return last_words(self.log_path)
 
     def ask_to_stop(self) -> None:
         """Ask the server to end; returns at once."""
@@ -92,6 +94,18 @@ class VllmServer:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE_S + 5)
         self.kill()
+
+
+def last_words(log_path: Path) -> str:
+    """The errors in a server's log and its last lines.
+
+    vLLM's processes quote each other's tracebacks, so the first error is the cause and the last one seldom is.
+    """
+    lines = log_path.read_text(errors="replace").splitlines()
+    messages = (found.group() for line in lines if (found := _ERROR_MESSAGE.search(line)))
+    errors = list(dict.fromkeys(messages))[:_LOG_ERRORS]
+    parts = [f"errors in {log_path}:", *errors] if errors else []
+    return "\n".join([*parts, f"last lines of {log_path}:", *lines[-_LOG_LINES:]])
 
 
 def supervise(

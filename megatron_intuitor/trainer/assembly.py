@@ -113,13 +113,12 @@ def open_observer(run: RunConfig, groups: ProcessGroups, state: TrainerState | N
 
 def build_sampler(run: RunConfig, prompts: Sequence[Prompt], state: TrainerState | None) -> PromptSampler:
     """The order of training prompts, at the start or where the checkpoint stood."""
-    settings = {
-        "count": len(prompts),
-        "prompts_per_step": run.rollout.prompts_per_step,
-        "seed": run.seed,
-        "shuffle": run.data.shuffle,
-    }
-    return PromptSampler.from_state(state.prompts, **settings) if state else PromptSampler(**settings)
+    count, each = len(prompts), run.rollout.prompts_per_step
+    if state is None:
+        return PromptSampler(count, each, run.seed, run.data.shuffle)
+    return PromptSampler.from_state(
+        state.prompts, count=count, prompts_per_step=each, seed=run.seed, shuffle=run.data.shuffle
+    )
 
 
 def start_pool(run: RunConfig, groups: ProcessGroups, stack: ExitStack) -> RolloutPool | None:
@@ -163,8 +162,9 @@ def facts(run: RunConfig, groups: ProcessGroups, policy: Policy, prompts: Sequen
     """What the run's header shows."""
     rewards = run.rewards
     hf_config: PretrainedConfig = read_hf_config(run.model.path)
+    size = f"{policy.parameter_count():,} parameters"
     return {
-        "model": f"{run.model.path} ({hf_config.model_type}, {policy.parameter_count():,} parameters, {run.model.precision})",
+        "model": f"{run.model.path} ({hf_config.model_type}, {size}, {run.model.precision})",
         "layout": f"tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}"
         + (", sequence parallel" if run.parallel.sequence else ""),
         "rewards": f"self_certainty x {rewards.self_certainty.weight:g}, accuracy x {rewards.accuracy.weight:g}",

@@ -28,11 +28,11 @@ from megatron_intuitor.trainer.batch_metrics import (
     speed_metrics,
     statistics_metrics,
 )
+from megatron_intuitor.trainer.micro_batches import PassSettings
 from megatron_intuitor.trainer.policy import FrozenWeights, Policy
 from megatron_intuitor.trainer.proof import SyncProof
 from megatron_intuitor.trainer.rollouts import RolloutClient, group_rollouts, training_requests
 from megatron_intuitor.trainer.sample_rows import sample_rows
-from megatron_intuitor.trainer.micro_batches import PassSettings
 from megatron_intuitor.trainer.score import BatchStatistics, score
 from megatron_intuitor.trainer.signals import StopRequested, StopSignal
 from megatron_intuitor.trainer.sync import PolicySync
@@ -82,7 +82,9 @@ class Trainer:
             micro_batch_tokens=run.train.micro_batch_tokens,
             chunk_bytes=run.train.logit_chunk_mib << 20,
         )
-        self.updater = Updater(policy, run.algorithm, self.settings, run.rollout.sampling.max_tokens, run.train.max_bad_steps)
+        self.updater = Updater(
+            policy, run.algorithm, self.settings, run.rollout.sampling.max_tokens, run.train.max_bad_steps
+        )
         self.updater.bad_steps = state.bad_steps
         self.proof = SyncProof.of(run, prompts, groups.data_size)
         self.saved_step = state.step
@@ -174,7 +176,7 @@ class Trainer:
         return group_rollouts(prompts, rollouts)
 
     def score(self, batch: Batch) -> tuple[BatchStatistics, BatchStatistics]:
-        """Fill in old and reference log-probs; returns the policy's statistics and those that self-certainty rewards."""
+        """Fill in old and reference log-probs; the policy's statistics, and those that self-certainty rewards."""
         statistics = score(self.policy, batch, self.settings, check=self.check_statistics)
         self.check_statistics = False
         batch.old_log_prob = statistics.log_prob

@@ -32,9 +32,7 @@ class MicroBatch:
     segments: PackedSegments
 
 
-def micro_batches(
-    policy: Policy, batch: Batch, samples: Sequence[int], settings: PassSettings
-) -> list[MicroBatch]:
+def micro_batches(policy: Policy, batch: Batch, samples: Sequence[int], settings: PassSettings) -> list[MicroBatch]:
     """This data-parallel rank's share of ``samples``, packed; all ranks have the same number of micro batches."""
     lengths = batch.sequence_lengths
     plan = plan_micro_batches(
@@ -83,5 +81,3 @@ def run_model(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tenso
     micro = next(data)
     hidden = model(micro.packed.token_ids, micro.packed.position_ids, micro.segments)
     return hidden, micro
-
-

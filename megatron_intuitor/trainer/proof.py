@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from megatron_intuitor.config import RunConfig
 from megatron_intuitor.contracts import Batch, GenerateRequest, Prompt, Rollout, RolloutGroup, SamplingParams
 from megatron_intuitor.data import sample_seed
+from megatron_intuitor.trainer.micro_batches import PassSettings
 from megatron_intuitor.trainer.policy import Policy
 from megatron_intuitor.trainer.rollouts import RolloutClient
-from megatron_intuitor.trainer.micro_batches import PassSettings
 from megatron_intuitor.trainer.score import score
 
 _PROMPTS = 4
@@ -62,8 +62,8 @@ class SyncProof:
             if not difference <= self.tolerance:  # also catches NaN
                 raise WeightsDiffer(
                     f"{when}: log-probs of {engine} differ from the trainer's by {difference:.3g} nats on average, "
-                    f"rollout.probe.tolerance allows {self.tolerance:.3g}. The engine does not hold the trainer's weights, "
-                    "or runs them in another precision; nothing was trained on its samples."
+                    f"rollout.probe.tolerance allows {self.tolerance:.3g}. The engine does not hold the trainer's "
+                    "weights, or runs them in another precision; nothing was trained on its samples."
                 )
             worst = max(worst, difference)
         return worst

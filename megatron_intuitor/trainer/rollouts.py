@@ -45,7 +45,7 @@ class RolloutClient:
         tokenizer: PreTrainedTokenizerBase,
         groups: ProcessGroups,
         *,
-        resync: Callable[[], None],
+        resync: Callable[[], object],
         stop: StopSignal,
         progress: Progress,
     ) -> None:
@@ -108,7 +108,8 @@ class RolloutClient:
         return _Answer("rollouts", rollouts=[self._with_text(r) for r in rollouts])
 
     def _with_text(self, rollout: Rollout) -> Rollout:
-        return replace(rollout, text=self._tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
+        text = self._tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True)
+        return replace(rollout, text=str(text))
 
     def trust_loaded_weights(self, version: int) -> None:
         """Let the engines answer with the weights that they read from the model folder, as ``version``."""

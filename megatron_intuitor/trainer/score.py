@@ -49,6 +49,8 @@ def score(policy: Policy, batch: Batch, settings: PassSettings, *, check: bool =
         if check and micro is micros[0]:
             _check(policy, hidden, micro, settings, statistics)
         if policy.groups.tensor_rank == 0:
+            assert statistics.self_certainty is not None
+            assert statistics.entropy is not None
             values = torch.stack([statistics.log_prob, statistics.self_certainty, statistics.entropy])
             flat[:, micro.packed.flat_index.cpu()] = values.cpu()
 

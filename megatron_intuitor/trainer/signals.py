@@ -17,7 +17,8 @@ class StopRequested(Exception):  # noqa: N818 - it is a request, not an error
 class StopSignal:
     """Remembers that the process was asked to stop; ranks agree on it before they act.
 
-    A second signal is left to Python's default, so that an impatient user can still interrupt.
+    SIGTERM may come more than once (a cluster and torchrun both send it) and never does more than ask.  A second
+    SIGINT is left to Python's default, so that an impatient user can still interrupt.
     """
 
     def __init__(self) -> None:
@@ -25,9 +26,10 @@ class StopSignal:
         self._previous = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
         self.requested = True
-        self.restore()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def restore(self) -> None:
         """Give the signals back to whoever handled them before."""

@@ -15,8 +15,11 @@ from megatron_intuitor.algorithms import MAXIMUM_METRICS, loss_weights, policy_l
 from megatron_intuitor.config import AlgorithmConfig
 from megatron_intuitor.contracts import Batch
 from megatron_intuitor.models import PolicyModel
-from megatron_intuitor.trainer.policy import OptimizerStep, Policy
 from megatron_intuitor.trainer.micro_batches import MicroBatch, PassSettings, head_statistics, micro_batches, run_model
+from megatron_intuitor.trainer.policy import OptimizerStep, Policy
+
+LossOutput = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""What Megatron wants of a loss function: (loss, token count that nobody uses, nothing to report)."""
 
 
 class TooManyBadSteps(RuntimeError):  # noqa: N818 - it is the reason a run ends, not a kind of exception
@@ -74,8 +77,8 @@ class Updater:
         if self.bad_steps > self.max_bad_steps:
             raise TooManyBadSteps(
                 f"{self.bad_steps} optimizer steps of this run had gradients that are not finite (norm now "
-                f"{step.grad_norm}); train.max_bad_steps allows {self.max_bad_steps}. The last checkpoint is untouched: "
-                "lower optimizer.lr or raise algorithm.loss.kl_coefficient and start again from it."
+                f"{step.grad_norm}); train.max_bad_steps allows {self.max_bad_steps}. The last checkpoint is "
+                "untouched: lower optimizer.lr or raise algorithm.loss.kl_coefficient and start again from it."
             )
 
     def accumulate_gradients(self, batch: Batch, samples: Sequence[int]) -> dict[str, float]:
@@ -88,7 +91,7 @@ class Updater:
         micros = micro_batches(self.policy, batch, samples, self.settings)
         sums = MetricSums()
 
-        def forward_step(data: Iterator[MicroBatch], model: PolicyModel) -> tuple[Tensor, partial[object]]:
+        def forward_step(data: Iterator[MicroBatch], model: PolicyModel) -> tuple[Tensor, partial[LossOutput]]:
             hidden, micro = run_model(data, model)
             return hidden, partial(self._loss, batch, weight_of, sums, micro)
 
@@ -104,10 +107,8 @@ class Updater:
         counted = self.policy.groups.is_last_stage and self.policy.groups.tensor_rank == 0
         return sums.reduce(self.policy.groups.control, counted)
 
-    def _loss(
-        self, batch: Batch, weight_of: Tensor, sums: MetricSums, micro: MicroBatch, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Megatron's loss function: (loss, token count that nobody uses, nothing to report)."""
+    def _loss(self, batch: Batch, weight_of: Tensor, sums: MetricSums, micro: MicroBatch, hidden: Tensor) -> LossOutput:
+        """Megatron's loss function for one micro batch."""
         loss_config = self.algorithm.loss
         statistics = head_statistics(
             self.policy, hidden, micro, self.settings, entropy=loss_config.entropy_coefficient != 0.0

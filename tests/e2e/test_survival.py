@@ -13,6 +13,10 @@ import torch
 from tests.e2e import runs
 
 
+STEP_4 = 7
+"""Which call of the engine samples step 4: two probes, steps 1 and 2, a probe and step 3 come before it."""
+
+
 def die_in_call(owner: object, name: str, call: int) -> None:
     """Replace ``owner.name`` so that its ``call``-th call kills the process, half way into the work."""
     original, counter = getattr(owner, name), itertools.count(1)
@@ -43,19 +47,20 @@ def die_while_sampling() -> None:
     """In the middle of step 4's responses."""
     from megatron_intuitor.rollout import transformers_engine
 
-    die_in_call(transformers_engine.TransformersEngine, "generate", 6)
+    die_in_call(transformers_engine.TransformersEngine, "generate", STEP_4)
 
 
 def die_while_syncing() -> None:
     """Between two tensors of step 3's weight sync."""
     from megatron_intuitor.models import PolicyWeights
 
-    tensors = itertools.count(1)
+    passes = itertools.count(1)
     original = PolicyWeights.__iter__
 
     def deadly(self):
-        for item in original(self):
-            if next(tensors) == 115:
+        third_step = next(passes) == 4  # the first pass is the sync before step 1
+        for number, item in enumerate(original(self)):
+            if third_step and number == 5:
                 runs.die()
             yield item
 
@@ -76,7 +81,7 @@ def terminate_while_sampling() -> None:
     original, counter = transformers_engine.TransformersEngine.generate, itertools.count(1)
 
     def interrupted(self, *args, **kwargs):
-        if next(counter) == 6:
+        if next(counter) == STEP_4:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **kwargs)
 

@@ -25,7 +25,7 @@ def random_batch(seed: int) -> Batch:
     prompts = [ids(1, 12) for _ in range(PROMPTS)]
     responses = [ids(1, 20) for _ in range(PROMPTS * SAMPLES)]
     tokens = sum(map(len, responses))
-    batch = Batch(
+    return Batch(
         prompt_ids=[prompts[i // SAMPLES] for i in range(len(responses))],
         response_ids=responses,
         group_index=[i // SAMPLES for i in range(len(responses))],
@@ -34,7 +34,6 @@ def random_batch(seed: int) -> Batch:
         reference_log_prob=torch.randn(tokens, generator=generator) * 0.3,
         advantage=torch.randn(len(responses), generator=generator),
     )
-    return batch
 
 
 def near(batch: Batch, log_prob: Tensor) -> Batch:

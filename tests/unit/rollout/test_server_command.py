@@ -10,7 +10,13 @@ from megatron_intuitor.config import ModelConfig, RolloutConfig
 from megatron_intuitor.rollout import build_pool
 from megatron_intuitor.rollout.auth import KEY_VARIABLE
 from megatron_intuitor.rollout.eos import eos_token_ids
-from megatron_intuitor.rollout.vllm_server import ServerPlan, server_command, server_devices, server_environment
+from megatron_intuitor.rollout.vllm_server import (
+    ServerPlan,
+    last_words,
+    server_command,
+    server_devices,
+    server_environment,
+)
 
 
 @pytest.fixture
@@ -92,3 +98,21 @@ def test_eos_without_a_generation_config(folder, caplog):
     (folder / "config.json").write_text(json.dumps(config))
     assert eos_token_ids(folder) == ()
     assert "names no eos_token_id" in caplog.text
+
+
+def test_last_words_name_the_cause_before_its_echoes(tmp_path):
+    log = tmp_path / "vllm-0.log"
+    lines = ["(APIServer pid=1) INFO started"]
+    lines += ["(EngineCore pid=2) ERROR [core.py:1512] RuntimeError: Unsupported CPU attention: head_dim=16"]
+    lines += [
+        "(APIServer pid=1) ERROR vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."
+    ] * 40
+    log.write_text("\n".join(lines))
+    words = last_words(log).splitlines()
+    assert words[0] == f"errors in {log}:"
+    assert words[1] == "RuntimeError: Unsupported CPU attention: head_dim=16"
+    assert words[2].startswith("vllm.v1.engine.exceptions.EngineDeadError: ")
+    assert words[3] == f"last lines of {log}:"
+    assert len(words) < 20
+    log.write_text("only this\n")
+    assert last_words(log) == f"last lines of {log}:\nonly this"
