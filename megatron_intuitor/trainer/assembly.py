@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_intuitor.checkpoint import CheckpointStore, TrainerState, read_state, restore
 from megatron_intuitor.config import RunConfig, write_config
@@ -159,17 +159,12 @@ def build_held_out(run: RunConfig, tokenizer: PreTrainedTokenizerBase) -> HeldOu
 
 
 def facts(run: RunConfig, groups: ProcessGroups, policy: Policy, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """What the run's header shows."""
-    rewards = run.rewards
-    hf_config: PretrainedConfig = read_hf_config(run.model.path)
+    """What the run's header shows beyond the config."""
+    hf_config = read_hf_config(run.model.path)
     size = f"{policy.parameter_count():,} parameters"
+    layout = f"tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}"
     return {
         "model": f"{run.model.path} ({hf_config.model_type}, {size}, {run.model.precision})",
-        "layout": f"tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x data {groups.data_size}"
-        + (", sequence parallel" if run.parallel.sequence else ""),
-        "rewards": f"self_certainty x {rewards.self_certainty.weight:g}, accuracy x {rewards.accuracy.weight:g}",
-        "batch": f"{run.rollout.prompts_per_step} prompts x {run.rollout.samples_per_prompt} samples, "
-        f"{len(prompts):,} prompts in the data",
-        "engine": f"{run.rollout.engine}: " + (", ".join(run.rollout.urls) or f"{run.rollout.servers} of its own"),
-        "output": str(run.output_dir),
+        "layout": layout + (", sequence parallel" if run.parallel.sequence else ""),
+        "data": f"{run.data.path}: {len(prompts):,} prompts",
     }

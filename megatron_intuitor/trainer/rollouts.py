@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -31,8 +32,8 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 class _Answer:
     """What the driver tells the other ranks after asking the engines."""
 
-    kind: Literal["rollouts", "sync", "stop", "failed"]
-    rollouts: list[Rollout] | None = None
+    kind: Literal["done", "sync", "stop", "failed"]
+    value: Any = None
     message: str = ""
 
 
@@ -67,15 +68,28 @@ class RolloutClient:
             RuntimeError: an engine answered with other weights than ``weight_version``.
         """
         finished: dict[int, Rollout] = {}
+        ask = partial(self._sample, requests, finished, what, interruptible)
+        rollouts: list[Rollout] = self._ask_until_answered(ask, finished)
+        _require_version(rollouts, weight_version)
+        return rollouts
+
+    def probe(self, requests: Sequence[GenerateRequest]) -> dict[str, list[Rollout]]:
+        """What every engine by itself answers to ``requests``, on every rank; a collective."""
+        answers: dict[str, list[Rollout]] = self._ask_until_answered(lambda pool: pool.probe(requests), {})
+        return answers
+
+    def trust_loaded_weights(self, version: int) -> None:
+        """Let the engines answer with the weights that they read from the model folder, as ``version``."""
+        if self._pool is not None:
+            self._pool.accept_loaded_weights(version)
+
+    def _ask_until_answered(self, ask: Callable[[RolloutPool], Any], finished: dict[int, Rollout]) -> Any:
+        """Let the driver ask; where engines came back with old weights, sync and ask again for what is missing."""
         while True:
-            answer = self._ask(requests, finished, what, interruptible) if self._pool is not None else None
-            answer = broadcast_object(answer, self._groups)
-            assert answer is not None
+            answer = broadcast_object(self._try(ask, finished, self._pool) if self._pool else None, self._groups)
             match answer.kind:
-                case "rollouts":
-                    assert answer.rollouts is not None
-                    _require_version(answer.rollouts, weight_version)
-                    return answer.rollouts
+                case "done":
+                    return answer.value
                 case "sync":
                     self._resync()
                 case "stop":
@@ -83,20 +97,9 @@ class RolloutClient:
                 case "failed":
                     raise EngineFailure(answer.message)
 
-    def _ask(
-        self, requests: Sequence[GenerateRequest], finished: dict[int, Rollout], what: str, interruptible: bool
-    ) -> _Answer:
-        assert self._pool is not None
+    def _try(self, ask: Callable[[RolloutPool], Any], finished: dict[int, Rollout], pool: RolloutPool) -> _Answer:
         try:
-            with self._progress(what, len(requests)) as advance:
-
-                def on_progress(count: int) -> None:
-                    if interruptible:
-                        self._stop.raise_if_requested()
-                    advance(count)
-
-                on_progress(len(finished))
-                rollouts = self._pool.generate(requests, finished, on_progress)
+            return _Answer("done", ask(pool))
         except EnginesStale as stale:
             log.warning("%s", stale)
             finished.update(stale.finished)
@@ -105,29 +108,28 @@ class RolloutClient:
             return _Answer("stop")
         except EngineFailure as failure:
             return _Answer("failed", message=str(failure))
-        return _Answer("rollouts", rollouts=[self._with_text(r) for r in rollouts])
+
+    def _sample(
+        self,
+        requests: Sequence[GenerateRequest],
+        finished: dict[int, Rollout],
+        what: str,
+        interruptible: bool,
+        pool: RolloutPool,
+    ) -> list[Rollout]:
+        with self._progress(what, len(requests)) as advance:
+
+            def on_progress(count: int) -> None:
+                if interruptible:
+                    self._stop.raise_if_requested()
+                advance(count)
+
+            on_progress(len(finished))
+            return [self._with_text(r) for r in pool.generate(requests, finished, on_progress)]
 
     def _with_text(self, rollout: Rollout) -> Rollout:
         text = self._tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True)
         return replace(rollout, text=str(text))
-
-    def trust_loaded_weights(self, version: int) -> None:
-        """Let the engines answer with the weights that they read from the model folder, as ``version``."""
-        if self._pool is not None:
-            self._pool.accept_loaded_weights(version)
-
-    def probe(self, requests: Sequence[GenerateRequest]) -> dict[str, list[Rollout]]:
-        """What every engine by itself answers to ``requests``, on every rank; a collective."""
-        answers: Any = None
-        if self._pool is not None:
-            try:
-                answers = self._pool.probe(requests)
-            except EngineFailure as failure:
-                answers = str(failure)
-        answers = broadcast_object(answers, self._groups)
-        if isinstance(answers, str):
-            raise EngineFailure(answers)
-        return answers
 
 
 def training_requests(

@@ -172,7 +172,7 @@ class Fleet:
         """
         offset = int(init_info["rank_offset"])
         offsets: dict[str, int] = {}
-        for control in self.controls:
+        for control in self.open:
             offsets[control.name] = offset
             offset += control.receiver.workers
         self._all(lambda control: control.init_transfer({**init_info, "rank_offset": offsets[control.name]}))

@@ -11,9 +11,10 @@ restarted.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 import torch
-from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
+from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -22,7 +23,7 @@ from megatron_intuitor.weight_sync.background import in_background
 from megatron_intuitor.weight_sync.gloo_sender import GlooTrainerInit, GlooWeightSender, address_facing
 from megatron_intuitor.weight_sync.server_control import Fleet, ServerControl, TransferError
 from megatron_intuitor.weight_sync.source import StreamSource
-from megatron_intuitor.weight_sync.stream import CheckedStream
+from megatron_intuitor.weight_sync.stream import CheckedStream, NonFiniteWeights
 
 WeightTransferTrainerFactory.register_engine("gloo", GlooWeightSender)
 
@@ -52,8 +53,10 @@ class ServerTransfer:
         source = StreamSource(stream)
         fleet.each(ServerControl.pause)
         try:
-            self._connect(source)
-            self._send()
+            if self._backend == "gloo":
+                self._connect_and_send(source)
+            else:
+                self._within_time(lambda: self._connect_and_send(source))
         except TransferError as error:
             self._fail_all(error)
         except BaseException as error:
@@ -67,36 +70,47 @@ class ServerTransfer:
         """The servers that failed so far; this connection does not reach them any more."""
         return dict(self._fleet.failures)
 
-    def _connect(self, source: StreamSource) -> None:
-        if self._engine is not None:
-            self._engine.source = source
+    def _connect_and_send(self, source: StreamSource) -> None:
+        """Form the groups on the first call, then send; nothing happens where no server is left."""
+        receivers = [control.receiver for control in self._fleet.open]
+        if not receivers:
             return
-        receivers = [control.receiver for control in self._fleet.controls]
-        info: GlooTrainerInit | NCCLTrainerInitInfo
-        if self._backend == "gloo":
-            info = GlooTrainerInit(rank=0, timeout_s=self._timeout_s, bucket_bytes=self._bucket_bytes)
-        else:
-            info = nccl_info(receivers)
-        self._engine = WeightTransferTrainerFactory.trainer_init(info, client=self._fleet, source=source)
+        if self._engine is None:
+            self._engine = WeightTransferTrainerFactory.trainer_init(
+                self._trainer_info(receivers), client=self._fleet, source=source
+            )
+        elif self._backend == "nccl" and len(receivers) < len(self._fleet.controls):
+            raise TransferError("the NCCL group", "lost a member before the update began", alive=False)
+        self._engine.source = source
+        self._engine.send_weights()
 
-    def _send(self) -> None:
-        assert self._engine is not None
+    def _trainer_info(self, receivers: list[ServerReceiver]) -> TrainerInitInfo:
         if self._backend == "gloo":
-            self._engine.send_weights()
-            return
-        # A peer that died leaves NCCL waiting for ever, so somebody has to look at the clock.
-        engine, device = self._engine, torch.cuda.current_device()
+            return GlooTrainerInit(rank=0, timeout_s=self._timeout_s, bucket_bytes=self._bucket_bytes)
+        return nccl_info(receivers)
 
-        def send() -> None:
+    def _within_time(self, step: Callable[[], None]) -> None:
+        """Run ``step`` beside this thread: a peer that died leaves NCCL waiting for ever, so somebody watches the clock.
+
+        Raises:
+            TransferError: the time is over, or NCCL says that the group is broken.
+        """
+        device = torch.cuda.current_device()
+
+        def run() -> None:
             torch.cuda.set_device(device)
-            engine.send_weights()
+            step()
 
+        names = ", ".join(control.name for control in self._fleet.open)
         try:
-            in_background(send, "nccl-send").result(self._timeout_s)
+            in_background(run, "nccl-send").result(self._timeout_s)
         except TimeoutError:
-            names = ", ".join(control.name for control in self._fleet.open)
-            silent = f"no end of the NCCL broadcast within {self._timeout_s} s (rollout.sync_timeout_s)"
+            silent = f"the NCCL broadcast did not end within {self._timeout_s} s (rollout.sync_timeout_s)"
             raise TransferError(names, silent, alive=False) from None
+        except (NonFiniteWeights, TransferError):
+            raise
+        except RuntimeError as error:
+            raise TransferError(names, f"NCCL: {error}", alive=False) from error
 
     def _fail_all(self, error: TransferError) -> None:
         """The group is gone: nobody in it can be reached over it any more."""

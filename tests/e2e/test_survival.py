@@ -12,7 +12,6 @@ import torch
 
 from tests.e2e import runs
 
-
 STEP_4 = 7
 """Which call of the engine samples step 4: two probes, steps 1 and 2, a probe and step 3 come before it."""
 
