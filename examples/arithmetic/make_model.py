@@ -21,8 +21,7 @@ from pathlib import Path
 
 import torch
 from problems import Terms, question, split, worked_solution
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 HERE = Path(__file__).parent
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -32,14 +31,15 @@ BATCH_SIZE, PEAK_LR, WARMUP_STEPS = 128, 3e-3, 50
 IGNORED = -100
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; decoding joins without spaces.  Entries 0, 1, 2 are padding, end and unknown."""
+def build_tokenizer() -> Qwen2Tokenizer:
+    """One token a character: a byte-level BPE without merges, the only kind that loads beside a Qwen2 config.
+
+    Entries 0, 1, 2 are padding, end and unknown; characters outside of the vocabulary are dropped.
+    """
     vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *CHARACTERS])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
+    return Qwen2Tokenizer(
+        vocab=vocabulary,
+        merges=[],
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
@@ -48,7 +48,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """A Qwen2 that tensor parallelism 2 and pipeline parallelism 2 can cut; heads of 32 are the smallest in vLLM."""
     return Qwen2ForCausalLM(
         Qwen2Config(
@@ -79,7 +79,7 @@ def training_answer(terms: Terms, guess_share: float, rng: random.Random) -> str
 
 
 def training_batch(
-    problems: list[Terms], guess_share: float, tokenizer: PreTrainedTokenizerFast, rng: random.Random
+    problems: list[Terms], guess_share: float, tokenizer: Qwen2Tokenizer, rng: random.Random
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and labels ``[BATCH_SIZE, longest]``; prompts and padding carry no label."""
     chosen = rng.choices(problems, k=BATCH_SIZE)
@@ -94,7 +94,7 @@ def training_batch(
     return token_ids, labels
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> None:
+def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, steps: int, seed: int) -> None:
     """AdamW with warm-up and cosine decay: worked solutions alone in the first half, guesses mixed in afterwards."""
     rng, (problems, _) = random.Random(seed), split()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01)
@@ -114,7 +114,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: in
 
 
 @torch.no_grad()
-def measure(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, sample: bool) -> tuple[float, float]:
+def measure(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, sample: bool) -> tuple[float, float]:
     """Share of right answers and of answers that show steps, over all held-out problems."""
     problems = split()[1]
     # Every prompt has the same length, so the batch needs no padding.

@@ -8,6 +8,9 @@ from typing import TextIO
 
 PACKAGE = "megatron_intuitor"
 
+_CHATTY = ("vllm.triton_utils.importing",)
+"""Loggers whose warnings say nothing about a run: here that Triton has no CPU backend."""
+
 
 class _CurrentStderr(logging.Handler):
     """Writes to whatever `sys.stderr` is now, so that records appear above a live progress bar, not through it."""
@@ -38,4 +41,6 @@ def configure_logging(rank: int, level: int = logging.INFO) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger(PACKAGE).setLevel(level if rank == 0 else max(level, logging.WARNING))
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     logging.captureWarnings(True)

@@ -27,7 +27,7 @@ from megatron_intuitor.contracts import ResponseStatistics, RolloutGroup
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 3
+TIMEOUT_S = 5
 """For parsing one answer and for comparing two; sympy can otherwise work for hours on ``9^{9^{9^9}}``."""
 
 EXTRACTION = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())

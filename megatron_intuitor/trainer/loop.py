@@ -133,6 +133,7 @@ class Trainer:
         batch = Batch.from_groups(groups)
         with spans("score"):
             statistics, annotation = self.score(batch)
+        self.proof.check_samples(batch, statistics.log_prob, step)
         with spans("reward"):
             rewards = self.reward(groups, batch, annotation)
             batch.advantage = combine_advantages(

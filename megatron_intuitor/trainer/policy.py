@@ -141,6 +141,9 @@ def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerConfig, upd
         end_wd=settings.weight_decay,
         wd_incr_steps=updates + 1,
         wd_incr_style="constant",
+        # A continued run takes its position from the checkpoint and its shape from the config, which may have changed.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from megatron_intuitor.config import RunConfig
 from megatron_intuitor.contracts import Batch, GenerateRequest, Prompt, Rollout, RolloutGroup, SamplingParams
 from megatron_intuitor.data import sample_seed
@@ -30,6 +32,8 @@ class SyncProof:
     sampling: SamplingParams
     tolerance: float
     seed: int
+    samples_are_whole: bool
+    """Whether training samples come from the whole distribution, so that they prove the sync as well."""
 
     @classmethod
     def of(cls, run: RunConfig, prompts: Sequence[Prompt], data_parallel_size: int) -> SyncProof:
@@ -38,7 +42,9 @@ class SyncProof:
         s = run.rollout.sampling
         return cls(
             prompts=tuple(prompts[i % len(prompts)] for i in range(count)),
-            sampling=SamplingParams(s.temperature, s.top_p, s.top_k, min(_MAX_TOKENS, s.max_tokens)),
+            # The whole distribution: a truncated one has other log-probs than the trainer's, by intention.
+            sampling=SamplingParams(temperature=s.temperature, max_tokens=min(_MAX_TOKENS, s.max_tokens)),
+            samples_are_whole=s.top_p == 1.0 and s.top_k == -1,
             tolerance=run.rollout.probe.tolerance or _DEFAULT_TOLERANCE[run.model.precision],
             seed=run.seed,
         )
@@ -59,14 +65,27 @@ class SyncProof:
         worst = 0.0
         for engine, rollouts in client.probe(self.requests()).items():
             difference = self._difference(rollouts, policy, settings)
-            if not difference <= self.tolerance:  # also catches NaN
-                raise WeightsDiffer(
-                    f"{when}: log-probs of {engine} differ from the trainer's by {difference:.3g} nats on average, "
-                    f"rollout.probe.tolerance allows {self.tolerance:.3g}. The engine does not hold the trainer's "
-                    "weights, or runs them in another precision; nothing was trained on its samples."
-                )
+            self._require_small(difference, f"{when}: log-probs of {engine}")
             worst = max(worst, difference)
         return worst
+
+    def check_samples(self, batch: Batch, log_prob: Tensor, step: int) -> None:
+        """The same for the samples that step ``step`` is about to learn from; costs nothing.
+
+        Raises:
+            WeightsDiffer: they did not come from the trainer's weights.
+        """
+        if self.samples_are_whole:
+            difference = float((log_prob - batch.rollout_log_prob).abs().mean())
+            self._require_small(difference, f"samples of step {step}: log-probs of the engines")
+
+    def _require_small(self, difference: float, what: str) -> None:
+        if not difference <= self.tolerance:  # also catches NaN
+            raise WeightsDiffer(
+                f"{what} differ from the trainer's by {difference:.3g} nats on average, rollout.probe.tolerance allows "
+                f"{self.tolerance:.3g}. An engine does not hold the trainer's weights, or runs them in another "
+                "precision. The run stops before it learns from such samples; its last checkpoint is untouched."
+            )
 
     def _difference(self, rollouts: Sequence[Rollout], policy: Policy, settings: PassSettings) -> float:
         groups = [RolloutGroup(p, (r,)) for p, r in zip(self.prompts, rollouts, strict=True)]

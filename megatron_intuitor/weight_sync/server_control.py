@@ -31,7 +31,11 @@ class Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._end = time.monotonic() + seconds
+        self.restart()
+
+    def restart(self) -> None:
+        """Count the time anew."""
+        self._end = time.monotonic() + self.seconds
 
     def left(self) -> float:
         """Seconds that are left; never less than a blink, so that a call can still report its own time-out."""
@@ -130,14 +134,15 @@ class Fleet:
         self.touched = False
         """Whether the servers' models have been opened for new weights."""
         self.version = 0
+        self._deadline = Deadline(0)
 
     def begin(self, version: int, timeout_s: float) -> None:
         """Start counting the time of one update."""
-        deadline = Deadline(timeout_s)
+        self._deadline = Deadline(timeout_s)
         self.version = version
         self.touched = False
         for control in self.controls:
-            control.deadline = deadline
+            control.deadline = self._deadline
 
     @property
     def open(self) -> list[ServerControl]:
@@ -147,6 +152,8 @@ class Fleet:
     def fail(self, error: TransferError) -> None:
         """Leave a server out from now on."""
         self.failures.setdefault(error.server, error)
+        if not error.alive:
+            self._deadline.restart()  # the others must not fail because one of them let the time pass
 
     def each(self, step: Callable[[ServerControl], None]) -> None:
         """Run ``step`` for every open server at once; those that fail are left out."""

@@ -90,7 +90,7 @@ class ServerTransfer:
         return nccl_info(receivers)
 
     def _within_time(self, step: Callable[[], None]) -> None:
-        """Run ``step`` beside this thread: a peer that died leaves NCCL waiting for ever, so somebody watches the clock.
+        """Run ``step`` beside this thread and watch the clock: a peer that died leaves NCCL waiting for ever.
 
         Raises:
             TransferError: the time is over, or NCCL says that the group is broken.

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_intuitor.data import Row, read_rows
@@ -13,6 +13,7 @@ def read(path):
     return read_rows(path, prompt_column="question", answer_column="answer")
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=20), st.booleans())
 def test_any_text_survives(tmp_path_factory, rows, ascii_only):
     path = tmp_path_factory.mktemp("rows") / "problems.jsonl"

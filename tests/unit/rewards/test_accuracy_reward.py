@@ -104,6 +104,7 @@ def test_last_boxed(text, boxed):
     assert accuracy.last_boxed(text) == boxed
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**12), 10**12), st.integers(-3, 3), st.booleans(), st.booleans())
 def test_integers_in_every_spelling(value, offset, commas, boxed):
     written = f"{value:,}" if commas else str(value)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_intuitor.config.schema import AccuracyConfig, RewardsConfig, SelfCertaintyConfig
@@ -31,6 +31,7 @@ def made_step(lengths: list[list[int]], seed: int) -> tuple[list[RolloutGroup], 
 SHAPES = st.lists(st.lists(st.integers(1, 3000), min_size=1, max_size=4), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(SHAPES, st.integers(0, 2**31))
 def test_self_certainty_is_the_mean_of_each_response(lengths, seed):
     groups, statistics = made_step(lengths, seed)

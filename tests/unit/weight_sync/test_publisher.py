@@ -175,10 +175,10 @@ def test_an_engine_that_does_not_answer_is_named(servers, publish, route):
     bad.faults[route, 0] = "hang"
     pool = Pool(good, bad)
     stream = Stream(0)
-    report = publish(pool, timeout_s=2)(stream, 1)
+    report = publish(pool, timeout_s=3)(stream, 1)
     assert report.failed == ("engine-1",)
     reason, alive = pool.failed["engine-1"]
-    assert "no answer within 2 s (rollout.sync_timeout_s)" in reason
+    assert "no answer within 3 s (rollout.sync_timeout_s)" in reason
     assert not alive
     assert stream.finished
     assert report.seconds < 15
