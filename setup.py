@@ -34,6 +34,7 @@ CORE = [
     "tensorboard>=2.18",
     "matplotlib>=3.9",
     "requests>=2.33",
+    "aiohttp>=3.14",
     "numpy>=2",
     "jinja2>=3.1",
 ]

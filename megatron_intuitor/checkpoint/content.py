@@ -22,7 +22,11 @@ from megatron_intuitor.checkpoint.store import CheckpointStore
 from megatron_intuitor.models import PolicyModel
 from megatron_intuitor.platform import ProcessGroups, broadcast_object
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Gathered over gloo on one replica only: every rank of a node holding all of it would not fit into host memory.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 _RUN_FILE = "run.json"
 _FORMAT = 1
 

@@ -37,7 +37,8 @@ def main() -> int:
         if stop.requested:
             _end(server, args.grace)
         time.sleep(_POLL_S)
-    print(f"supervisor: the server ended with code {server.returncode}", file=sys.stderr, flush=True)  # noqa: T201
+    sys.stderr.write(f"supervisor: the server ended with code {server.returncode}\n")
+    sys.stderr.flush()
     _kill_group()
     return server.returncode
 

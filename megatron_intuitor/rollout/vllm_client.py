@@ -76,8 +76,9 @@ class VllmClient:
             return int(self._control("GET", "get_world_size")["world_size"])
         except EngineFailure as error:
             raise EngineFailure(
-                f"{error}. The server must have been started with VLLM_SERVER_DEV_MODE=1, --enable-scale-out, "
-                "--logprobs-mode processed_logprobs and --weight-transfer-config"
+                f"{error}. A server of rollout.urls must be started with VLLM_SERVER_DEV_MODE=1, --enable-scale-out, "
+                "--logprobs-mode processed_logprobs, --weight-transfer-config, and with "
+                "--middleware megatron_intuitor.rollout.auth.RequireKey and its key in ROLLOUT_SERVER_KEY"
             ) from error
 
     def set_weight_version(self, version: int) -> None:

@@ -3,6 +3,7 @@
 One server serves the whole file; the tests run in order.  The last ones kill it.
 """
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_intuitor.config import ModelConfig, RolloutConfig
-from megatron_intuitor.contracts import GenerateRequest, SamplingParams, TensorMeta
+from megatron_intuitor.contracts import GenerateRequest, Rollout, SamplingParams, TensorMeta
 from megatron_intuitor.rollout import EnginesStale, build_pool
 from megatron_intuitor.weight_sync import NonFiniteWeights, SyncFailure, WeightPublisher
 
@@ -321,29 +323,51 @@ def test_a_killed_server_is_restarted_and_nothing_is_lost_or_asked_twice(pool, p
 
 
 TRAINER = """
-import sys, time
+import dataclasses, json, sys, time
 from pathlib import Path
 from megatron_intuitor.config import ModelConfig, RolloutConfig
+from megatron_intuitor.contracts import GenerateRequest, SamplingParams
 from megatron_intuitor.rollout import build_pool
 
 pool = build_pool(
-    RolloutConfig(kv_cache_gib=0.25), ModelConfig(path=sys.argv[1], precision="fp32"),
+    RolloutConfig(kv_cache_gib=0.25), ModelConfig(path=sys.argv[1], precision="bf16"),
     max_model_len=64, seed=0, log_dir=Path(sys.argv[2]),
 )
 pool.start()
-print(pool._engines["vllm-0"].process.process_group, flush=True)
+pool.accept_loaded_weights(5)
+requests = [GenerateRequest(tuple(prompt), SamplingParams(max_tokens=16), 3) for prompt in json.loads(sys.argv[3])]
+rollouts = [dataclasses.asdict(rollout) for rollout in pool.generate(requests)]
+print(json.dumps([pool._engines["vllm-0"].process.process_group, rollouts]), flush=True)
 time.sleep(600)
 """
 
 
-def test_a_killed_trainer_takes_its_server_along(folder, tmp_path):
-    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, folder, tmp_path], stdout=subprocess.PIPE, text=True)
-    group = int(trainer.stdout.readline())
-    deadline = time.monotonic() + 200
-    # The engine is a process of its own, started by the API server: supervisor, API server, engine.
-    while not any("EngineCore" in command for command in processes_of(group).values()):
-        assert time.monotonic() < deadline, (tmp_path / "vllm-0.log").read_text()[-3000:]
-        time.sleep(0.2)
+@pytest.fixture(scope="module")
+def bf16_trainer(folder, tmp_path_factory):
+    """A process that owns a bf16 server on the weights of the folder: the process, the server's group, some answers."""
+    requests_ = some_requests(12)
+    prompts = json.dumps([request.prompt_token_ids for request in requests_])
+    command = [sys.executable, "-c", TRAINER, folder, tmp_path_factory.mktemp("bf16-logs"), prompts]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    group, rollouts = json.loads(trainer.stdout.readline())
+    yield trainer, group, list(zip(requests_, (Rollout(**rollout) for rollout in rollouts), strict=True))
+    trainer.kill()
+    trainer.wait()
+
+
+def test_bf16_answers_are_near_those_of_the_model_on_disk(bf16_trainer):
+    # bf16 keeps 8 bits: a mean error of a few hundredths of a nat; wrong weights are off by more than one.
+    differences = []
+    for request, rollout in bf16_trainer[2]:
+        rollout = replace(rollout, token_ids=tuple(rollout.token_ids))
+        differences.append(log_probs(make_model(0), request, rollout) - torch.tensor(rollout.logprobs))
+        assert set(rollout.weight_versions) == {5}
+    assert torch.cat(differences).abs().mean() < 0.1
+
+
+def test_a_killed_trainer_takes_its_server_along(bf16_trainer):
+    trainer, group, _ = bf16_trainer
+    # Supervisor, API server, engine.
     assert len(processes_of(group)) >= 3
     trainer.kill()
     trainer.wait()
