@@ -20,9 +20,13 @@ def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from megatron_intuitor.platform import prepare_megatron
 
     prepare_megatron()
-    from megatron_intuitor.trainer import train
+    from megatron_intuitor.trainer import RUN_FAILURES, train
 
-    return train(run)
+    try:
+        return train(run)
+    except RUN_FAILURES as failure:  # said in full where it was raised: a traceback would only bury it
+        sys.stderr.write(f"\nthe run ended: {failure}\n")
+        return 1
 
 
 def show_config_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:

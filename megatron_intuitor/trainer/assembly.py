@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_intuitor.checkpoint import CheckpointStore, TrainerState, read_state, restore
 from megatron_intuitor.config import RunConfig, write_config
-from megatron_intuitor.contracts import Prompt
+from megatron_intuitor.contracts import EngineFailure, Prompt
 from megatron_intuitor.data import PromptSampler, load_prompts, load_tokenizer
 from megatron_intuitor.evaluation import HeldOut
 from megatron_intuitor.models import read_hf_config
@@ -21,12 +21,18 @@ from megatron_intuitor.rewards import build_rewards
 from megatron_intuitor.rollout import RolloutPool, build_pool
 from megatron_intuitor.trainer.loop import Trainer, trained
 from megatron_intuitor.trainer.policy import FrozenWeights, Policy
+from megatron_intuitor.trainer.proof import WeightsDiffer
 from megatron_intuitor.trainer.rollouts import RolloutClient
 from megatron_intuitor.trainer.signals import StopSignal
 from megatron_intuitor.trainer.sync import PolicySync
-from megatron_intuitor.weight_sync import WeightPublisher
+from megatron_intuitor.trainer.update import TooManyBadSteps
+from megatron_intuitor.weight_sync import NonFiniteWeights, WeightPublisher
 
 log = logging.getLogger(__name__)
+
+
+RUN_FAILURES = (EngineFailure, NonFiniteWeights, TooManyBadSteps, WeightsDiffer)
+"""How a run ends that cannot go on: each says what happened and what to do; the last checkpoint is untouched."""
 
 
 def train(run: RunConfig) -> int:

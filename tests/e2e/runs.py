@@ -85,11 +85,25 @@ def _rank(rank: int, world_size: int, port: int, settings: RunConfig, sabotage: 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    _write_to(console(settings.output_dir))
     if sabotage is not None:
         sabotage()
     from megatron_intuitor.trainer import train
 
     raise SystemExit(train(settings))
+
+
+def console(output_dir: Path) -> Path:
+    """Where a run's standard output and error go."""
+    return output_dir / "console.log"
+
+
+def _write_to(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
 
 
 def die() -> None:
