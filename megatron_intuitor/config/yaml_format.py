@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # PyYAML's own protocol; filled below
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Read one mapping and refuse a key that it has twice."""
         node = super().compose_mapping_node(anchor)
         first: dict[str, int] = {}
