@@ -128,3 +128,14 @@ def test_a_sharded_run_continues_in_another_layout(undisturbed, tmp_path):
     ours, theirs = runs.weights(tmp_path), runs.weights(undisturbed)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_bf16_replicas_with_sharded_optimizer_states_continue_exactly(tmp_path):
+    """Main weights, both moments and Adam's step come back to the bit, gathered from two replicas."""
+    bf16 = {"path": runs.MODEL, "precision": "bf16"}
+    settings = [runs.config(tmp_path / name, model=bf16, train={"steps": 5}) for name in ("whole", "killed")]
+    assert runs.run(settings[0], world_size=2) == [0, 0]
+    assert runs.run(settings[1], world_size=2, sabotage=die_while_updating) != [0, 0]
+    assert runs.run(settings[1], world_size=2) == [0, 0]
+    assert runs.same_weights([tmp_path / "whole", tmp_path / "killed"])
+    assert runs.metrics(tmp_path / "killed") == runs.metrics(tmp_path / "whole")
