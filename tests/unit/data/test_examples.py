@@ -88,8 +88,8 @@ def test_example_configs_parse(path):
 
 def test_grpo_is_the_quickstart_with_the_weight_moved():
     quickstart, grpo = (yaml.safe_load((ARITHMETIC / f"{n}.yaml").read_text()) for n in ("quickstart", "grpo"))
-    assert quickstart["rewards"].pop("self_certainty") == {"weight": 1.0}
-    assert grpo["rewards"].pop("self_certainty") == {"weight": 0.0}
+    assert quickstart["rewards"]["self_certainty"].pop("weight") == 1.0
+    assert grpo["rewards"]["self_certainty"].pop("weight") == 0.0
     assert quickstart["rewards"]["accuracy"].pop("weight") == 0.0
     assert grpo["rewards"]["accuracy"].pop("weight") == 1.0
     assert quickstart.pop("output_dir") != grpo.pop("output_dir")
