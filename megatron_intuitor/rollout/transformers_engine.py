@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_intuitor.contracts import EngineFailure, GenerateRequest, Rollout
 from megatron_intuitor.rollout.eos import eos_token_ids
@@ -42,6 +43,7 @@ class TransformersEngine:
         self, path: Path, precision: Literal["fp32", "bf16"], *, max_model_len: int, max_concurrent: int
     ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        disable_progress_bar()  # the run's console has its own
         self._config = AutoConfig.from_pretrained(path, local_files_only=True)
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
             path, dtype=_DTYPE[precision], local_files_only=True

@@ -72,6 +72,9 @@ def build_trainer(run: RunConfig, groups: ProcessGroups, stop: StopSignal, stack
     stack.callback(publisher.close)
     observer.header(facts(run, groups, policy, prompts))
     if pool is not None:
+        observer.note(
+            f"waiting for the rollout engines ({run.rollout.engine}; a server's log: {run.output_dir / 'logs'})"
+        )
         pool.wait_ready()
     state = state or TrainerState(step=0, weight_version=0, prompts=sampler.state())
     sync = PolicySync(policy, publisher, state.weight_version)

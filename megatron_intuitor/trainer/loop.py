@@ -118,7 +118,10 @@ class Trainer:
             self.client.trust_loaded_weights(self.sync.version)
             self.proof.check(self.client, self.policy, self.settings, "before the first weight sync")
         self.sync.push()
-        self.proof.check(self.client, self.policy, self.settings, "after the first weight sync")
+        difference = self.proof.check(self.client, self.policy, self.settings, "after the first weight sync")
+        self.observer.note(
+            f"engines hold the trainer's weights: log-probs of a probe differ by {difference:.1e} nats on average"
+        )
         if self.step == 0 and self.held_out is not None:
             before = self.evaluate()
             self.state = replace(self.state, before=before)
