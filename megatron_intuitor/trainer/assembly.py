@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,9 +26,6 @@ from megatron_intuitor.trainer.signals import StopSignal
 from megatron_intuitor.trainer.sync import PolicySync
 from megatron_intuitor.trainer.update import TooManyBadSteps
 from megatron_intuitor.weight_sync import NonFiniteWeights, WeightPublisher
-
-log = logging.getLogger(__name__)
-
 
 RUN_FAILURES = (EngineFailure, NonFiniteWeights, TooManyBadSteps, WeightsDiffer)
 """How a run ends that cannot go on: each says what happened and what to do; the last checkpoint is untouched."""

@@ -6,7 +6,6 @@ can do (ask engines, reward, write logs) is broadcast from there.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,8 +36,6 @@ from megatron_intuitor.trainer.score import BatchStatistics, score
 from megatron_intuitor.trainer.signals import StopRequested, StopSignal
 from megatron_intuitor.trainer.sync import PolicySync
 from megatron_intuitor.trainer.update import Updater
-
-log = logging.getLogger(__name__)
 
 
 class Trainer:

@@ -83,9 +83,8 @@ class Updater:
 
     def accumulate_gradients(self, batch: Batch, samples: Sequence[int]) -> dict[str, float]:
         """Forward and backward over ``samples``; gradients end up reduced in the buffers, metrics on every rank."""
-        weights = loss_weights(
-            self.algorithm.loss.aggregation, [batch.response_lengths[i] for i in samples], self.max_tokens
-        )
+        lengths = batch.response_lengths
+        weights = loss_weights(self.algorithm.loss.aggregation, [lengths[i] for i in samples], self.max_tokens)
         weight_of = torch.zeros(len(batch))
         weight_of[list(samples)] = weights
         micros = micro_batches(self.policy, batch, samples, self.settings)
